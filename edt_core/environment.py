@@ -1,6 +1,7 @@
 """Defaults for environment variables of libraries, and the part of the environment that a manifest records."""
 
 import gc
+import logging
 import os
 import platform
 import pwd
@@ -33,7 +34,11 @@ RECORDED_PACKAGES = (
     "pillow-jxl-plugin",
     "pillow-avif-plugin",
     "simplejpeg",
+    "torchao",
 )
+# Loggers that warn when torchao is imported, as diffusers does if it is installed, of what is not used here: kernels
+# for CUDA on a machine without, and tensors of older versions.
+_OF_TORCHAO = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 def quiet_defaults() -> None:
@@ -48,6 +53,8 @@ def quiet_defaults() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("WDS_SECURE", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in _OF_TORCHAO:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def collect_rarely() -> None:

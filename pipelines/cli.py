@@ -25,7 +25,7 @@ from pipelines.commands import (
     webhook,
     workflow,
 )
-from pipelines.commands.derived import chain, distill, ema, prune
+from pipelines.commands.derived import chain, distill, ema, prune, quantize
 from pipelines.commands.serving import serve
 from pipelines.commands.studies import paper, scaling, tune
 
@@ -41,7 +41,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "Pipeline": (workflow.plan, workflow.run, retrain.retrain, distill.distill, prune.prune, submit.submit),
     "Runs and artifacts": (ui.ui, workflow.runs, workflow.reproduce, store.artifacts, store.verify, gc.gc),
     "Studies": (paper.paper, scaling.scaling, tune.tune),
-    "Models": (models.lineage, serve.serve, ema.ema, cost.compare, cost.cost),
+    "Models": (models.lineage, serve.serve, ema.ema, quantize.quantize, cost.compare, cost.cost),
 }
 
 for panel, commands in COMMANDS.items():

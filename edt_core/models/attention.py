@@ -71,6 +71,7 @@ class Attention(nn.Module):
 
     amm: Tensor | None
     amm_in_training: bool = False
+    calls_layers: bool = False  # whether `qkv` and `proj` are called: quantised ones have no weights to pad or convolve
     form: AttentionForm | None = None  # None: by device and need, see `is_written_out`
     shared: dict[torch.dtype, Projections] | None = None  # padded, by dtype, within `shared_projections`
 
@@ -100,7 +101,7 @@ class Attention(nn.Module):
         if kernel is None:
             self.amm = None
             return
-        device = self.qkv.weight.device
+        device = next(self.parameters()).device
         with torch.device("cpu"):  # a model may be built with "meta" as its device, which has no values
             amm = amm_matrix(self.grid, kernel, radius, radius_rows)
         if extra := self.extra_tokens:
@@ -110,11 +111,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:
         """Attend: [N, T, D] -> [N, T, D]. `indices`, int64 [N, T], are the tokens' positions if some are masked."""
+        if self.calls_layers:
+            return self._call_layers(x, indices)
         qkv_weight, qkv_bias, proj_weight = self._projections(x.device)
         heads = project_tokens(x, qkv_weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # N, H, T, D/H each
         mixed = self._mix(q, k, v, indices)
         return project_tokens(mixed.transpose(1, 2).flatten(2), proj_weight, self.proj.bias)
+
+    def _call_layers(self, x: Tensor, indices: Tensor | None) -> Tensor:
+        """`forward` with padded activations instead of padded weights."""
+        heads: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if padding := head_padding(self.head_dim, x.device):
+            heads = F.pad(heads, (0, padding))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = self._mix(q, k, v, indices)[..., : self.head_dim]
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor | None) -> Tensor:
         """The weighted values v, all [N, H, T, D/H]. The scale is set here, since q's heads may be padded."""

@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from edt_core.errors import UserError
 from edt_core.models.mask_form import MaskForm, MaskSite, RatioRange
+from edt_core.models.quantized.record import Quantization
 
 AmmKernel = Literal["exp_cos", "cos"]
 _ADDED = (
     *("objective", "outputs", "latents_mean", "latents_std"),
     *("token_enhancement", "position_supplement", "input_mask_ratio"),
-    *("amm_radius_rows", "amm_in_training"),
+    *("amm_radius_rows", "amm_in_training", "quantization"),
 )
 
 AMM_KERNELS: tuple[AmmKernel, ...] = ("exp_cos", "cos")
@@ -45,7 +46,8 @@ class ModelConfig(ABC):
     `objective` is what the model was trained to predict, a name of `edt_core.diffusion.objectives`; `outputs` is the
     number of tensors of the latents' shape that the objective needs. `with_objective` sets both. A model that was
     trained on raw latents as (raw - latents_mean) / latents_std, by channel, has these two; otherwise they are None,
-    and the scale is that of the autoencoder's configuration (see `edt_core.data.scale`).
+    and the scale is that of the autoencoder's configuration (see `edt_core.data.scale`). `quantization` is None for a
+    model in float, as every training has it.
 
     Raises:
         ValueError: the values do not define a model; the message says which ones, and what is expected.
@@ -71,6 +73,7 @@ class ModelConfig(ABC):
     latents_std: tuple[float, ...] | None = None
     amm_radius_rows: int | None = None
     amm_in_training: bool = False
+    quantization: Quantization | None = None
 
     def __init_subclass__(cls) -> None:
         """Register a family's configuration by its architecture."""
@@ -176,6 +179,8 @@ class ModelConfig(ABC):
                 f"This is not a {config_class.__name__}: unknown keys {unknown}, missing keys {missing}. "
                 f"Known keys are {sorted(by_name)}."
             )
+        if "quantization" in settings:
+            settings["quantization"] = Quantization.of(settings["quantization"])
         return config_class(**{key: _as_tuple(value) for key, value in settings.items()})
 
 

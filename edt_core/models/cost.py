@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -33,13 +33,15 @@ class PartCost:
 
 
 def shadow(config: ModelConfig) -> DiffusionTransformer:
-    """A model whose tensors have shapes but no memory (device "meta"), for counting."""
+    """A model whose tensors have shapes but no memory (device "meta"), for counting; a quantised one as in float."""
     with torch.device("meta"):
-        return build_model(config)
+        return build_model(replace(config, quantization=None))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
+    """Number of trainable parameters; of a quantised model those that it had before."""
+    if isinstance(model, DiffusionTransformer) and model.config.quantization is not None:
+        model = shadow(model.config)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

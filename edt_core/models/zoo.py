@@ -17,6 +17,7 @@ from edt_core.models.families import FAMILIES
 from edt_core.models.families.amm_placements import LARGE_IMAGE_SIZE, AmmPlacement
 from edt_core.models.families.family import Family
 from edt_core.models.families.overrides import checked_overrides, overrides_of
+from edt_core.models.quantized.model import quantize_layers
 
 _FAMILY_OF: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.sizes}
 MODEL_NAMES: tuple[str, ...] = tuple(_FAMILY_OF)
@@ -170,8 +171,14 @@ def overrides_record(config: ModelConfig) -> dict[str, Any]:
 
 
 def build_model(config: ModelConfig) -> DiffusionTransformer:
-    """A freshly initialised model of any configuration."""
-    return FAMILIES[config.architecture].model(config)
+    """A freshly initialised model of any configuration.
+
+    Raises UserError for a quantised one without torchao, or on a machine that cannot compute it.
+    """
+    model = FAMILIES[config.architecture].model(config)
+    if config.quantization is not None:
+        quantize_layers(model, config.quantization)
+    return model
 
 
 def create_model(

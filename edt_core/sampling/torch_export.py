@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edt_core.config import ChainConfig
 from edt_core.diffusion import objective_of_model
+from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer
 from edt_core.sampling.sampler import LatentSampler
 
@@ -28,8 +29,13 @@ def save_program(path: Path, model: DiffusionTransformer, chain: ChainConfig, nu
     """Write the denoiser with the AMM of a chain, load it again, and check that its output equals the model's.
 
     The model is moved to the CPU in float32, set to evaluation mode, and its gradients are turned off.
-    Raises RuntimeError if the outputs differ; the file is then removed.
+    Raises UserError for a quantised model, and RuntimeError if the outputs differ; the file is then removed.
     """
+    if (quantization := model.config.quantization) is not None:
+        raise UserError(
+            f"the model is quantised ({quantization.scheme}), and a program of torch.export would need torchao where "
+            "it runs; export the version that it was made from"
+        )
     alone = chain.model_copy(update={"guidance_reference": None})  # guidance is not in the program
     denoiser = LatentSampler(model.cpu().float(), alone, num_timesteps).model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)

@@ -150,6 +150,11 @@ class _Lookup:
         checkpoint: str | None = None,
         model_config: Mapping[str, Any] | None = None,
     ) -> Initial:
+        if self.named_by == _INIT and (quantization := (model_config or {}).get("quantization")) is not None:
+            raise UserError(
+                f"{_INIT}: {location} is quantised ({quantization['scheme']}), and quantised weights cannot be "
+                "trained; start from the version that it was made from (`edt models show` names it)"
+            )
         if "optimizer" not in identity and self.config.init_optimizer == "keep":
             raise UserError(
                 f"train.init_optimizer is keep, but {location} has no optimizer state; give a checkpoint of a "

@@ -110,22 +110,13 @@ def show(
     say(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
     undecided = "imported, not measured here" if facts["origin"] else "registered, promotion not yet decided"
     undecided = "averaged from snapshots, not measured here" if facts["average"] else undecided
+    undecided = "quantised, not measured here" if facts["quantization"] else undecided
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
             say(f"  {name:<16} {short(str(facts[name]))}")
-    for section in (
-        "origin",
-        "average",
-        "metrics",
-        "teacher",
-        "pruned",
-        "trainings",
-        "protocol",
-        "data",
-        "parents",
-        "config",
-    ):
+    made = ("origin", "average", "quantization", "metrics", "teacher", "pruned")
+    for section in (*made, "trainings", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 
 

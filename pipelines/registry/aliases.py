@@ -24,6 +24,8 @@ EVALUATIONS_TAG = "edt.trainings.evaluations"  # fingerprints of the evaluations
 # The model that samples were guided away from: its artifact, and of another training its place and its checkpoint.
 GUIDE_TAG, GUIDE_FROM_TAG, GUIDE_CHECKPOINT_TAG = "edt.guide", "edt.guide_from", "edt.guide_checkpoint"
 PARENT_TAG = "edt.ema_of"  # of a version with averaged weights: the version that they are of
+QUANTIZED_TAG = "edt.quantized."  # facts of a quantised version, by name
+QUANTIZED_OF_TAG = f"{QUANTIZED_TAG}of"  # the version that it was made from
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
@@ -130,6 +132,8 @@ def gate_of(version: Any) -> PromoteConfig:
         if STD_TAG in version.tags:
             beside = f"edt evaluate {version.tags[PARENT_TAG]} OUT --sweep ema=off,{version.tags[STD_TAG]}"
             origin = f"made by `edt ema`. Compare it with the version that it is made from: `{beside} ...`"
+        if QUANTIZED_OF_TAG in version.tags:
+            origin = f"made by `edt quantize` of {version.tags[QUANTIZED_OF_TAG]} without metrics"
         raise UserError(f"{title(version)} has no recorded metric to decide by: it was {origin}")
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 

@@ -22,8 +22,8 @@ from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.names import STD_TAG
 from jobs.models.registry_files import title
 from jobs.stages.training.follow import UNTIL
-from pipelines.registry.aliases import GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, PARENT_TAG
-from pipelines.registry.lookup import all_aliases, find, origin_of
+from pipelines.registry.aliases import GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, PARENT_TAG, QUANTIZED_OF_TAG
+from pipelines.registry.lookup import all_aliases, find, origin_of, quantization_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
 
@@ -223,13 +223,14 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
     walk.params = {} if run is None else run.data.params
     facts = tags.get("edt.pipeline_digest"), version.source, version.run_id
     average = {STD_TAG.removeprefix("edt."): tags[STD_TAG], "of": tags.get(PARENT_TAG)} if STD_TAG in tags else {}
-    walk.add(Node("model", name, parents, *facts, config=average))
+    quantized = {key: text for key, text in quantization_of(version).items() if key in ("scheme", "of")}
+    walk.add(Node("model", name, parents, *facts, config=average or quantized))
     return Lineage(name, walk.nodes)
 
 
 def _run_of_training(catalog: Catalog, version: Any) -> str | None:
-    """The run whose parameters describe a version's training: of averaged weights, that of the version they are of."""
-    if (parent := version.tags.get(PARENT_TAG)) is not None:
+    """The run whose parameters describe a version's training: of a version made from another, that of the other."""
+    if (parent := version.tags.get(PARENT_TAG, version.tags.get(QUANTIZED_OF_TAG))) is not None:
         name, _, number = parent.rpartition("/")
         with suppress(Exception):  # it was deleted
             return str(catalog.client.get_model_version(name, number).run_id)

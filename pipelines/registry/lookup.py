@@ -20,6 +20,7 @@ from pipelines.registry.aliases import (
     DECISION_TAG,
     PARENT_TAG,
     PROMOTED_TAG,
+    QUANTIZED_TAG,
     ROLLED_BACK_TAG,
     TRAININGS_TAG,
     search,
@@ -97,6 +98,7 @@ class Record:
             "uri": tags.get("edt.uri"),
             "origin": origin_of(self.version),
             "average": {tag.removeprefix("edt."): tags[tag] for tag in (STD_TAG, PARENT_TAG) if tag in tags},
+            "quantization": quantization_of(self.version),
             "decision": None if self.decision is None else json.loads(self.decision.to_json()),
             "decision_text": None if self.decision is None else str(self.decision),
             "champion_before": tags.get(BEFORE_TAG) or None,
@@ -115,6 +117,13 @@ def trainings_of(version: Any) -> dict[str, str]:
 def origin_of(version: Any) -> dict[str, str]:
     """Where an imported version came from; empty for one that was trained here."""
     return {tag.removeprefix(ORIGIN): text for tag, text in version.tags.items() if tag.startswith(ORIGIN)}
+
+
+def quantization_of(version: Any) -> dict[str, str]:
+    """How a quantised version was made, its sizes and its times; empty for another one."""
+    return {
+        tag.removeprefix(QUANTIZED_TAG): text for tag, text in version.tags.items() if tag.startswith(QUANTIZED_TAG)
+    }
 
 
 def find(catalog: Catalog, text: str) -> Any:

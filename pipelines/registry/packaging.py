@@ -74,10 +74,13 @@ class Logged:
     digest: str
 
 
-def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path], None], **extra: Any) -> Logged:
+def log_pipeline(
+    catalog: Catalog, run_id: str, name: str, write: Callable[[Path], None], *, needs: str = "", **extra: Any
+) -> Logged:
     """Log the diffusers folder that `write(folder)` writes as an MLflow model of a run, with its files' digests.
 
-    `extra` are further arguments of MLflow's `log_model`.
+    `needs`: the extra of this package that loading the model needs, as "[quantize]". `extra` are further arguments of
+    MLflow's `log_model`.
     """
     import mlflow
 
@@ -91,7 +94,7 @@ def log_pipeline(catalog: Catalog, run_id: str, name: str, write: Callable[[Path
             name=name,
             python_model=str(_CODE),
             artifacts={"pipeline": str(pipeline), "digests": str(digests)},
-            pip_requirements=[f"edt-pipeline=={version('edt-pipeline')}"],
+            pip_requirements=[f"edt-pipeline{needs}=={version('edt-pipeline')}"],
             signature=_signature(),
             **extra,
         )

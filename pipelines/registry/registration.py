@@ -179,9 +179,7 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
 
     These tags suffice to find, compare, check and promote the version without its run or its store.
     """
-    counts, counts_of_model = entry.evaluation.counts, entry.checkpoint.counts
-    metrics = {f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()}
-    protocol = canonical_json(counts["protocol"])
+    counts_of_model = entry.checkpoint.counts
     costs = {**entry.images.counts, **counts_of_model}
     overrides = counts_of_model.get("model_overrides")
     tags = {
@@ -189,19 +187,30 @@ def version_tags(run_tags: Mapping[str, str], config: PromoteConfig, entry: Entr
         OBJECTIVE_TAG: counts_of_model.get("objective", ""),
         OVERRIDES_TAG: canonical_json(overrides) if overrides else "",
         "edt.code_version": code_version(),
-        "edt.evaluation.uri": entry.evaluation.folder.uri,
-        "edt.evaluation.digest": entry.evaluation.manifest.digest,
         "edt.images": entry.images.fingerprint,
         "edt.images.digest": entry.images.manifest.digest,
         "edt.autoencoder": entry.autoencoder.fingerprint,
         GUIDE_TAG: "" if entry.guide is None else entry.guide.fingerprint,
         "edt.source": run_tags.get("edt.source", ""),
         **{f"{COST_TAG}{key}": str(costs[key]) for key in COSTS if key in costs},
+        **evaluation_tags(config, entry.evaluation),
+        **_untrained_tags(config, entry),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def evaluation_tags(config: PromoteConfig, evaluation: Artifact) -> dict[str, str]:
+    """The record of what was measured: the metrics, their protocol and their artifact, and the gate."""
+    counts = evaluation.counts
+    protocol = canonical_json(counts["protocol"])
+    return {
+        "edt.evaluation.uri": evaluation.folder.uri,
+        "edt.evaluation.digest": evaluation.manifest.digest,
         PROTOCOL_TAG: sha256_json(counts["protocol"]),
         PROTOCOL_FIELDS_TAG: protocol if len(protocol) <= _MAX_TAG else "",
         GATE_TAG: canonical_json(config.model_dump(mode="json")),
+        **{f"{METRIC_TAG}{key}": repr(float(value)) for key, value in counts["metrics"].items()},
     }
-    return {key: value for key, value in {**tags, **metrics, **_untrained_tags(config, entry)}.items() if value}
 
 
 def _untrained_tags(config: PromoteConfig, entry: Entry) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.printing.suggestions import suggestions
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, champion, search, version_at
+from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, QUANTIZED_OF_TAG, champion, search, version_at
 from pipelines.registry.lookup import all_aliases, origin_of
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
@@ -14,8 +14,13 @@ from pipelines.tracking.runs import search as search_runs
 
 
 def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> tuple[Any | None, Record]:
-    """The champion of a model and the record of its run. From scratch, the newest run does without a champion."""
+    """The champion of a model and the record of its run. From scratch, the newest run does without a champion.
+
+    Quantised weights cannot be trained: instead of a champion that has such, it is the version that it was made from.
+    """
     version = champion(catalog, name)
+    if version is not None and (parent := version.tags.get(QUANTIZED_OF_TAG)) is not None:
+        version = version_at(catalog, name, parent.rpartition("/")[2]) or version
     if version is None:
         if from_scratch and (run := _newest_run(catalog, name)) is not None:
             return None, read_record(catalog, run)
@@ -26,6 +31,11 @@ def champion_record(catalog: Catalog, name: str, from_scratch: bool = False) -> 
 def record_of_version(catalog: Catalog, version: Any) -> Record:
     """The record of the run that trained a version. Raises UserError if there is none, or it is unreadable."""
     name = version.name
+    if (parent := version.tags.get(QUANTIZED_OF_TAG)) is not None:
+        raise UserError(
+            f"{title(version)} is quantised, and quantised weights cannot be trained; use {parent}, from which it was "
+            "made"
+        )
     if origin_of(version) or not version.run_id:
         raise UserError(
             f"{title(version)} was imported: no run of edt has its configuration. Fine-tune it with "

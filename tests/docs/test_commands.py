@@ -48,6 +48,7 @@ CHECKED: tuple[tuple[str, str], ...] = (
     (r"edt models set-chain ", "needs results of edt pareto: tests/jobs/test_pareto.py"),
     (r"edt prune ", "trains a shallower model: tests/pipelines/test_prune_command.py"),
     (r"edt distill ", "trains a student: tests/pipelines/test_distill_command.py"),
+    (r"edt quantize ", "samples twice and evaluates: tests/pipelines/test_quantize.py"),
     (r"edt ema ", "needs a training with snapshots: tests/pipelines/test_ema.py"),
     (r"edt evaluate .*ema=", "needs a training with snapshots: tests/jobs/test_posthoc.py"),
     (r"edt encode .*--dinov2-weights", "needs published weights: tests/jobs/test_train_features.py"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edt_core.errors import UserError
 from edt_core.models import DiffusionTransformer
 from edt_core.models.layers import FinalLayer
+from edt_core.models.quantized.linear import QuantizedLinear
 from edt_core.training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def compile_parts(model: DiffusionTransformer, backend: Backend = "inductor", *,
     another graph.
     """
     allow_graphs()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.build()
     options = _GRAPHS if graphs and backend == "inductor" else None
     functions: dict[type[nn.Module], Callable[..., Tensor]] = {}
     for part in model_parts(model):

@@ -31,9 +31,17 @@ TAKEN_OVER = (  # tags of the version that are true of its training
 
 
 def write_derived(
-    folder: Path, parent: Any, loaded: Loaded, protocol: Mapping[str, Any], origin: Mapping[str, str]
+    folder: Path,
+    parent: Any,
+    loaded: Loaded,
+    protocol: Mapping[str, Any],
+    origin: Mapping[str, str],
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the folder of `loaded`, which is `parent` with its changes, and its card, which says its `origin`."""
+    """Write the folder of `loaded`, which is `parent` with its changes, and its card, which says its `origin`.
+
+    `measured`: the counts of its evaluation, with `metrics` and their `protocol`.
+    """
     from edt_core.models import count_macs, count_parameters
     from edt_core.pipeline import save_pipeline
 
@@ -56,6 +64,8 @@ def write_derived(
         sampling=protocol,
         license=_license_of(parent),
         origin=origin,
+        metrics=(measured or {}).get("metrics", {}),
+        protocol=(measured or {}).get("protocol", {}),
     )
     (folder / README).write_text(redacted(card.text()), encoding="utf-8")
 

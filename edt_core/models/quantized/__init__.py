@@ -1,0 +1,1 @@
+"""Models whose linear layers have quantised weights, and activations, by torchao."""

@@ -224,7 +224,7 @@ def _fit(name: str, state: Mapping[str, Tensor]) -> _Fit:
     return _Fit(config, tuple(differences))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # all known models, in a few sizes
 def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The keys and shapes of a model's state dict, in its order."""
     with torch.device("meta"):

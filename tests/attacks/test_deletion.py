@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edt_core.data.digits import NUM_DIGITS, write_digits
+from edt_core.data import digits
+from edt_core.data.digits import write_digits
 from edt_core.errors import UserError
 from edt_core.store.artifact import Artifact, ArtifactWriter
 from edt_core.store.cache import Cache, local_copy
@@ -564,7 +566,12 @@ def test_a_checkpoint_that_was_moved_and_linked_is_not_pruned_where_it_lies(tmp_
     assert (tmp_path / "moved" / "checkpoint.json").read_bytes() == b"{}"
 
 
-def test_images_where_the_digits_go_are_not_replaced(tmp_path: Path) -> None:
+def test_images_where_the_digits_go_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hundred of the digits: each time all are written."""
+    with np.load(digits._FILE) as every:
+        np.savez(tmp_path / "few.npz", **{name: every[name][:100] for name in every})
+    monkeypatch.setattr(digits, "_FILE", tmp_path / "few.npz")
+    monkeypatch.setattr(digits, "NUM_DIGITS", 100)
     root = tmp_path / "sources" / "digits"
     (root / "3").mkdir(parents=True)
     (root / "3" / "00003.png").write_bytes(b"mine")  # by its name it could be one of ours
@@ -575,7 +582,7 @@ def test_images_where_the_digits_go_are_not_replaced(tmp_path: Path) -> None:
     (root / "3" / "00003.png").unlink()
     write_digits(root)
     next(root.glob("5/*.png")).unlink()  # of ours, one is lost: nothing is lost with the others
-    assert len(list(write_digits(root).glob("*/*.png"))) == NUM_DIGITS
+    assert len(list(write_digits(root).glob("*/*.png"))) == 100
     next(root.glob("5/*.png")).unlink()
     (root / "notes.txt").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"as .*notes\.txt"):

@@ -152,7 +152,7 @@ def test_every_small_number_that_is_allowed(tmp_path: Path, base: tuple[str, ...
 
 def test_a_refusal_is_told_with_its_field_and_its_value(base: tuple[str, ...]) -> None:
     """Before anything is made. The schema says which numbers those are; most of the fields begin at 1."""
-    messages = {pair: refusal(base, dict([pair])) for pair in all_settings()}
+    messages = {pair: refusal(base, dict([pair])) for pair in all_settings((1, 2, 10))}
     refused = {pair: message for pair, message in messages.items() if message is not None}
     assert 0 < len(refused) < len(messages) / 3
     for (name, number), message in refused.items():

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edt_core.config import ChainConfig, TrainConfig
 from edt_core.models import model_config
 from edt_core.training import trainer
 from pipelines.setup.acceptance_file import read_measurements
+from tests.support.models import shallow_config
 
 CPU = torch.device("cpu")
 TINY = model_config("EDT-Tiny/2", 32, 10)
@@ -160,7 +162,9 @@ def test_a_task_that_does_not_fit_is_skipped_with_its_reason() -> None:
     assert report.not_measured == 2
 
 
-def test_a_task_is_stopped_when_the_time_is_up() -> None:
+def test_a_task_is_stopped_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edt_core.acceptance.rows._LEAST_S", 0.0)
+
     def endless() -> Iterator[Measure]:
         yield figure("first", 1.0)
         while True:
@@ -170,7 +174,7 @@ def test_a_task_is_stopped_when_the_time_is_up() -> None:
                 continue
 
     report = Report({})
-    run_task("A", Task("endless", endless), report, deadline_in(3), CPU)
+    run_task("A", Task("endless", endless), report, deadline_in(1), CPU)
     assert [row.name for row in report.rows] == ["first", "endless"]
     assert "time of its section is up" in report.rows[1].note
 
@@ -256,8 +260,12 @@ def test_a_resumed_training_has_the_same_bits_with_the_acceptance_s_adan(
     assert not failed_rows(exactness.resume_rows("resumed", TINY, Setting(CPU, 0.02, tmp_path), False))
 
 
-def test_every_section_is_measured_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_section_is_measured_on_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole command, small: every row of correctness passes, and no other task fails."""
+    few_blocks = cache(lambda name: shallow_config(f"{name.partition('-')[0]}-Tiny/2", 32, 10))
+    monkeypatch.setattr(Setting, "model", lambda _setting, name: few_blocks(name))
     out, table = tmp_path / "rows.json", tmp_path / "attention.json"
     with pytest.raises(SystemExit) as ended:
         main(["--device", "cpu", "--budget", "3000", "--out", str(out), "--attention-table", str(table)])

@@ -20,7 +20,7 @@ from edt_core.data.images import center_crop, decode_rgb
 from edt_core.errors import UserError
 from edt_core.models.families.codes import codes_of, values_of
 
-CONFIG = AutoencoderConfig(kind="fsq", downsample_factor=4, base_channels=8, steps=80, batch_size=16, lr=1e-2)
+CONFIG = AutoencoderConfig(kind="fsq", downsample_factor=4, base_channels=8, steps=40, batch_size=16, lr=1e-2)
 
 
 @pytest.fixture(scope="module")

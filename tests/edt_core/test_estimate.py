@@ -20,8 +20,9 @@ from edt_core.models import (
 from edt_core.training.estimate import estimate, saved
 from edt_core.training.state import initial_state
 from edt_core.training.step import micro_batches
+from tests.support.models import shallow_config
 
-TINY = model_config("EDT-Tiny/2", 32, 4)
+TINY = shallow_config("EDT-Tiny/2")
 
 
 def bytes_kept(model: DiffusionTransformer, batch: int, passes: int = 2, precision: str = "fp32") -> int:
@@ -67,10 +68,16 @@ def test_a_pass_leaves_no_tensor_behind() -> None:
     assert tensors() <= before
 
 
+WIDE = {  # few blocks, of the width of S: in a narrow one the inputs of norms count for less
+    "EDT-S/2": replace(model_config("EDT-S/2", 128, 10), depths=(1,) * 5),
+    "DiT-S/2": replace(model_config("DiT-S/2", 128, 10), depth=2),
+}
+
+
 @pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
 def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> None:
     """Half of fp32 would be a fifth too little: the residual stream and the inputs of norms are float32."""
-    config = model_config(name, 128, 10)
+    config = WIDE[name]
     model = build_model(config).train()
     for batch in (1, 3):
         real = bytes_kept(model, batch, passes, "bf16")
@@ -83,7 +90,7 @@ def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> 
 @pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
 def test_a_stream_of_tokens_in_bf16_is_counted(name: str, passes: int) -> None:
     """By what a real pass keeps; and half of the stream of float32 tokens is saved, but not more."""
-    config = model_config(name, 128, 10)
+    config = WIDE[name]
     real = build_model(config).train()
     real.stream_dtype = torch.bfloat16
     for checkpointing in (False, True):
@@ -109,14 +116,14 @@ def test_the_estimate_of_a_training_has_its_stream_of_tokens() -> None:
 
 def test_the_kernels_of_a_gpu_do_not_keep_the_scores() -> None:
     """For EDT, whose bias is trained, the backward pass has the gradient of one block's scores."""
-    config = model_config("EDT-S/2", 256, 10)
+    config = replace(model_config("EDT-S/2", 256, 10), depths=(1,) * 5)
     model = shadow(config).train()
     rows, heads, tokens = 4, 6, 256
     for precision, item in (("fp32", 4), ("bf16", 2)):
         written, fused = (saved(model, 2, 2, precision, fused=fused) for fused in (False, True))
         assert fused.activations < 0.95 * written.activations
         assert fused.scores == written.scores == rows * heads * tokens**2 * item
-    assert saved(shadow(model_config("DiT-S/2", 256, 10)).train(), 2, 1).scores == 0
+    assert saved(shadow(WIDE["DiT-S/2"]).train(), 2, 1).scores == 0
 
 
 def test_the_highest_moment_is_in_the_backward_pass_or_in_the_optimizer() -> None:

@@ -132,11 +132,11 @@ def test_training_is_compiled_once_for_all_steps(
         assert largest_error(ours.grad, theirs.grad) < bound
 
 
-@pytest.mark.parametrize("name", suite_of(["UViT-Tiny/2"], TINY))
+@pytest.mark.parametrize("name", suite_of(["EDT-Tiny/2"], TINY))
 def test_a_compiled_model_computes_the_same(name: str) -> None:
     """Through all but code generation: the graph, its gradient, and decompositions.
 
-    An EDT and a DiT go through the same backend in test_training_compiled.py and test_training_ranks.py.
+    The parts of a DiT go through the same backend in test_training_compiled.py.
     """
     torch._dynamo.reset()
     model = tiny(name, training=True)

@@ -32,6 +32,7 @@ from edt_core.models import (
     shadow,
 )
 from edt_core.training.state import initial_state
+from tests.support.cases import suite_of
 from tests.support.golden import formula_weight, relative_error
 from tests.support.models import BESIDE_EDT, TINY
 
@@ -79,7 +80,7 @@ def test_keys_and_shapes_are_the_published_ones(name: str) -> None:
     assert count_parameters(model) == MANIFEST[name]["parameters"]
 
 
-@pytest.mark.parametrize("name", ["DiT-S/2", "DiT-S/4", "DiT-S/8", "MDTv2-S/2"])
+@pytest.mark.parametrize("name", suite_of(["DiT-S/2", "MDTv2-S/2"], ["DiT-S/2", "DiT-S/4", "DiT-S/8", "MDTv2-S/2"]))
 @torch.no_grad()
 def test_output(name: str, forward: dict[str, np.ndarray]) -> None:
     model = reference_model(name)

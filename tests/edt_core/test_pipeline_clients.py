@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from edt_core.autoencoders.kinds import scale_of
 from edt_core.errors import UserError
 from edt_core.pipeline import EDTPipeline, EDTTransformer, save_pipeline
+from tests.support.cases import suite_of
 from tests.support.pipelines import quiet, small_pipeline, tensors
 
 LABELS = [3, 1, 0]
@@ -39,8 +41,12 @@ def drawn(pipeline: Any, **options: Any) -> Tensor:
     return latents
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("door", ["from_pretrained", "to", "custom_pipeline"])
+DOORS = ("from_pretrained", "to", "custom_pipeline")
+
+
+@pytest.mark.parametrize(
+    ("door", "dtype"), suite_of(list(zip(DOORS, (*LOW, LOW[0]), strict=True)), product(DOORS, LOW))
+)
 def test_every_weight_has_the_dtype_asked_for_and_it_samples(folder: Path, door: str, dtype: torch.dtype) -> None:
     if door == "from_pretrained":
         pipeline = EDTPipeline.from_pretrained(folder, torch_dtype=dtype)

@@ -24,6 +24,7 @@ from edt_core.models import (
     read_released_model,
     shadow,
 )
+from tests.support.cases import suite_of
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "golden" / "edt_manifest.json").read_text())
 TINY = ("EDT-Tiny/2", 64, 7)
@@ -110,7 +111,7 @@ def released(name: str, image_size: int) -> dict[str, Tensor]:
     return {key: torch.full((1,), 0.5).expand(value.shape) for key, value in state.items()} | pairs
 
 
-@pytest.mark.parametrize(("name", "image_size"), RELEASED)
+@pytest.mark.parametrize(("name", "image_size"), suite_of(RELEASED[1::2], RELEASED))
 def test_bare_state_dicts_of_dit_and_mdt_are_told_apart(name: str, image_size: int, tmp_path: Path) -> None:
     loaded = load_released(save(tmp_path / "a.pt", released(name, image_size)))
     assert loaded.config == model_config(name, image_size)
@@ -130,7 +131,7 @@ def test_an_mdt_with_other_pairs_of_tokens_is_refused(tmp_path: Path) -> None:
         load_released(save(tmp_path / "a.pt", {**state, key: state[key].flip(0)}))
 
 
-@pytest.mark.parametrize("name", ["DiT-Tiny/2", "MDTv2-Tiny/2"])
+@pytest.mark.parametrize("name", suite_of(["MDTv2-Tiny/2"], ["DiT-Tiny/2", "MDTv2-Tiny/2"]))
 def test_the_closest_of_all_architectures_is_named(name: str, tmp_path: Path) -> None:
     state = create_model(name, 32, 4).state_dict()
     del state["final_layer.linear.bias"]
@@ -226,7 +227,9 @@ def test_the_closest_model_and_the_first_difference_are_named(
         load_released(save(tmp_path / "a.pt", published(state)))
 
 
-@pytest.mark.parametrize("shape", [(1, 250, 64), (1, 36, 64), (), (4,)])
+@pytest.mark.parametrize(
+    "shape", [(1, 250, 64), (), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((1, 36, 64), (4,)))]
+)
 def test_position_embeddings_of_no_square(tiny: EDT, tmp_path: Path, shape: tuple[int, ...]) -> None:
     state = {**tiny.state_dict(), "pos_embed": torch.zeros(shape)}
     with pytest.raises(UserError, match="closest is EDT-Tiny/2"):

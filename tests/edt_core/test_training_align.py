@@ -24,9 +24,10 @@ from edt_core.training.speed import compiled
 from edt_core.training.speed.update import CompiledUpdate
 from edt_core.training.start.initial import initial_checkpoint
 from tests.edt_core.test_training_start import NAMES, base_of
+from tests.support.cases import suite_of
 from tests.support.local_training import trained_here
 from tests.support.models import BESIDE_EDT, TINY, pipeline_folder, shallow_config
-from tests.support.trainings import OneOfOne, contents, cut_back, narrow, place, same
+from tests.support.trainings import OneOfOne, contents, cut_back, narrow, place, plain_update, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
 
@@ -56,17 +57,24 @@ def column(state: TrainState, name: str) -> list[float]:
     return [row[name] for row in state.history.rows]
 
 
+BLOCKS = {"align_distance": "channel_cosine", "align_block": 1, "align_target_block": 4}
+NARROWER = {"precision": "bf16", "activation_checkpointing": True, "optimizer": "adamw"}
+FLOW = {"objective": "flow", "timestep_sampler": "uniform", "min_snr_gamma": None}
 OPTIONS: list[dict[str, Any]] = [
-    {"align": "autoencoder"},
-    {"align_distance": "channel_cosine", "align_block": 1, "align_target_block": 4},
     {"align": "autoencoder", "align_distance": "cosine", "micro_batch_size": 3},
-    {"precision": "bf16", "activation_checkpointing": True, "optimizer": "adamw"},
-    {"objective": "flow", "timestep_sampler": "uniform", "min_snr_gamma": None},
+    {**BLOCKS, **NARROWER},
+    {**FLOW, "optimizer": "muon"},
+]
+APART: list[dict[str, Any]] = [
+    {"align": "autoencoder"},
+    BLOCKS,
+    NARROWER,
+    FLOW,
     {"objective": "v_prediction", "optimizer": "muon"},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", suite_of(OPTIONS, OPTIONS + APART), ids=str)
 def test_it_resumes_bit_for_bit(options: dict[str, Any], dataset: LatentDataset, tmp_path: Path) -> None:
     """Head and optimizer included. A checkpoint has the head in a file of its own."""
     shape = with_objective(narrow(), str(options.get("objective", "epsilon")))
@@ -100,7 +108,7 @@ def test_every_family_learns_it(name: str, align: str, dataset: LatentDataset, t
         assert full == pytest.approx(row["mse"] + row["vb"] + row["align"], rel=1e-6)
 
 
-@pytest.mark.parametrize("align", ["autoencoder", "self"])
+@pytest.mark.parametrize("align", suite_of(["self"], ["autoencoder", "self"]))
 def test_a_weight_of_zero_trains_the_model_of_a_training_without(
     align: str, dataset: LatentDataset, tmp_path: Path
 ) -> None:
@@ -167,10 +175,10 @@ def test_compiled_parts_and_update_train_the_same(
     shape, updates = shallow_config("DiT-Tiny/2"), list[CompiledUpdate]()
 
     def update(*inputs: Any, **options: Any) -> CompiledUpdate:
-        updates.append(CompiledUpdate(*inputs, backend="eager", **options))
+        updates.append(plain_update(*inputs, **options))
         return updates[-1]
 
-    monkeypatch.setattr(loop, "compile_parts", partial(compiled.compile_parts, backend="aot_eager"))
+    monkeypatch.setattr(loop, "compile_parts", partial(compiled.compile_parts, backend="eager"))
     monkeypatch.setattr(loop, "CompiledUpdate", update)
     context = LocalContext(tmp_path / "compiled")
     config = FEW.model_copy(update={"model": shape.name, "masked_loss": False, "compile": True})

@@ -66,12 +66,12 @@ def compile_with(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiled_training_is_the_same_and_says_how_long_compiling_took(
-    speck: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain_blocks: ModelConfig, dataset: LatentDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_with("aot_eager", monkeypatch)
-    plain = train(with_options({"max_steps": 2}), speck, dataset, LocalContext(tmp_path / "a"))
+    plain = train(with_options(PLAIN), plain_blocks, dataset, LocalContext(tmp_path / "a"))
     context = LocalContext(tmp_path / "b")
-    ours = train(with_options({"max_steps": 2, "compile": True}), speck, dataset, context)
+    ours = train(with_options({**PLAIN, "compile": True}), plain_blocks, dataset, context)
     assert ours.model.state_dict().keys() == plain.model.state_dict().keys()
     for row, other in zip(plain.history.rows, ours.history.rows, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)

@@ -48,6 +48,7 @@ CONFIG = TrainConfig(
     global_batch_size=8,
     max_steps=10,
     lr=2e-3,
+    masked_loss=False,  # a second pass, to which nothing here refers
     ema_decay=(0.9, 0.5),
     log_every=3,
     checkpoint_every=4,

@@ -61,7 +61,14 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Side by side (pytest-xdist) all tests of a module are done by one process, and so are all that share one Ray session,
 # and all modules that share what takes long to make: by the fixture that makes it.
-SHARED = {"first": "store", "resampled": "store", "sandbox": "store", "chain": "chain", "trained": "chain"}
+SHARED = {
+    "first": "store",
+    "resampled": "store",
+    "sandbox": "store",
+    "chain": "chain",
+    "trained": "chain",
+    "forks": "ranks",
+}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from edt_core.data.latents import LatentDataset
 from edt_core.store.artifact import Artifact
+from tests.support.gloo import end_server
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,13 @@ def quickly(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def no_thread_stays() -> Iterator[None]:
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "edt-prefetch"]
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[None]:
+    """One process forks the ranks of every module that has them; so pytest-xdist gives all of these to one process."""
+    yield
+    end_server()
 
 
 @pytest.fixture

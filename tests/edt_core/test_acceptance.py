@@ -22,13 +22,12 @@ from edt_core.acceptance.options import ChainOptions, TrainOptions
 from edt_core.acceptance.rows import Measure, Report, Task, at_least, at_most, figure, run_task
 from edt_core.acceptance.subjects import Setting
 from edt_core.config import ChainConfig, TrainConfig
-from edt_core.models import model_config
 from edt_core.training import trainer
 from pipelines.setup.acceptance_file import read_measurements
 from tests.support.models import shallow_config
 
 CPU = torch.device("cpu")
-TINY = model_config("EDT-Tiny/2", 32, 10)
+TINY = shallow_config("EDT-Tiny/2", 32, 10)
 
 
 def test_options_are_those_of_the_configurations() -> None:

@@ -28,12 +28,10 @@ TINY = model_config("EDT-Tiny/2", 32, 10)
 
 
 # The sizes of a family differ in numbers alone.
-ONE_OF_A_FAMILY = ("EDT-XL/2", "DiT-S/2", "DiT-S/8", "MDTv2-S/2", *ALL_TINY)
+ONE_OF_A_FAMILY = ("DiT-S/8", *ALL_TINY)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ONE_OF_A_FAMILY else pytest.param(name, marks=pytest.mark.slow) for name in MODEL_NAMES]
-)
+@pytest.mark.parametrize("name", suite_of(ONE_OF_A_FAMILY, MODEL_NAMES))
 def test_parts_add_up_to_the_whole(name: str) -> None:
     config = model_config(name)
     parts = macs_by_part(config)

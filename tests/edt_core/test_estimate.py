@@ -20,6 +20,7 @@ from edt_core.models import (
 from edt_core.training.estimate import estimate, saved
 from edt_core.training.state import initial_state
 from edt_core.training.step import micro_batches
+from tests.support.cases import suite_of
 from tests.support.models import shallow_config
 
 TINY = shallow_config("EDT-Tiny/2")
@@ -74,7 +75,7 @@ WIDE = {  # few blocks, of the width of S: in a narrow one the inputs of norms c
 }
 
 
-@pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
+@pytest.mark.parametrize(("name", "passes"), suite_of([("EDT-S/2", 2)], [("EDT-S/2", 2), ("DiT-S/2", 1)]))
 def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> None:
     """Half of fp32 would be a fifth too little: the residual stream and the inputs of norms are float32."""
     config = WIDE[name]
@@ -87,7 +88,7 @@ def test_in_bf16_each_tensor_counts_in_its_own_dtype(name: str, passes: int) -> 
         assert exact / 2 < 0.9 * real
 
 
-@pytest.mark.parametrize(("name", "passes"), [("EDT-S/2", 2), ("DiT-S/2", 1)])
+@pytest.mark.parametrize(("name", "passes"), suite_of([("DiT-S/2", 1)], [("EDT-S/2", 2), ("DiT-S/2", 1)]))
 def test_a_stream_of_tokens_in_bf16_is_counted(name: str, passes: int) -> None:
     """By what a real pass keeps; and half of the stream of float32 tokens is saved, but not more."""
     config = WIDE[name]

@@ -13,6 +13,7 @@ import torch
 from edt_core.diffusion import noise
 from edt_core.pipeline import EDTPipeline
 from edt_core.sampling.schedulers import SUPPORTED
+from tests.support.cases import suite_of
 from tests.support.fake_cuda import CUDA, fake_cuda, on_cuda, waits
 from tests.support.models import TINY, drawn_weights, pipeline_folder
 
@@ -63,7 +64,17 @@ def test_a_folder_makes_images_on_a_gpu(name: str, tmp_path: Path) -> None:
     assert images[0].size == (32, 32)
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+# One draws noise, one does not, one calls the model twice a step, one keeps earlier outputs, and one solves equations.
+KINDS = [
+    "DDPMScheduler",
+    "EulerDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+@pytest.mark.parametrize("name", suite_of(KINDS, SUPPORTED))
 def test_an_assigned_scheduler_runs_on_a_gpu(name: str, plain: Path) -> None:
     """Where the host waits is diffusers' affair; no operation mixes devices."""
     pipeline = opened(plain)

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Each case traces for seconds. Those that pair what others have apart are repetitions.
 slow = pytest.mark.slow
 SAMPLING = [
-    *(pytest.param(name, False, "fp32", id=f"{name}-plain-fp32") for name in BESIDE_EDT),
+    pytest.param("UViT-Tiny/2", False, "fp32", id="UViT-Tiny/2-plain-fp32"),
     pytest.param("EDT-Tiny/2", True, "bf16", id="EDT-Tiny/2-AMM-bf16"),
+    *(pytest.param(name, False, "fp32", id=f"{name}-plain-fp32", marks=slow) for name in TINY if name[:4] != "UViT"),
     *(pytest.param(name, True, "bf16", id=f"{name}-AMM-bf16", marks=slow) for name in BESIDE_EDT),
     *(pytest.param(name, False, "bf16", id=f"{name}-plain-bf16", marks=slow) for name in TINY),
     *(pytest.param(name, True, "fp32", id=f"{name}-AMM-fp32", marks=slow) for name in TINY),
-    pytest.param("EDT-Tiny/2", False, "fp32", id="EDT-Tiny/2-plain-fp32", marks=slow),
 ]
 TRAINING = [
     ("EDT-Tiny/2", "fp32"),

@@ -26,7 +26,7 @@ from edt_core.training.start.initial import initial_checkpoint
 from tests.edt_core.test_training_start import NAMES, base_of
 from tests.support.cases import suite_of
 from tests.support.local_training import trained_here
-from tests.support.models import BESIDE_EDT, TINY, pipeline_folder, shallow_config
+from tests.support.models import BESIDE_EDT, pipeline_folder, shallow_config
 from tests.support.trainings import OneOfOne, contents, cut_back, narrow, place, plain_update, same
 
 pytestmark = pytest.mark.usefixtures("quickly", "one_thread")
@@ -91,8 +91,11 @@ def test_it_resumes_bit_for_bit(options: dict[str, Any], dataset: LatentDataset,
 @pytest.mark.parametrize(
     ("name", "align"),
     [
-        *((name, "self") for name in TINY),
         ("EDT-Tiny/2", "autoencoder"),
+        ("MDTv2-Tiny/2", "self"),
+        ("UViT-Tiny/2", "self"),
+        pytest.param("EDT-Tiny/2", "self", marks=pytest.mark.slow),  # as test_it_resumes_bit_for_bit
+        pytest.param("DiT-Tiny/2", "self", marks=pytest.mark.slow),  # as the compiled parts
         *(pytest.param(name, "autoencoder", marks=pytest.mark.slow) for name in BESIDE_EDT),
     ],
 )

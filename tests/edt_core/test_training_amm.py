@@ -23,6 +23,7 @@ from edt_core.training.loop import train
 from edt_core.training.ranks import Ranks
 from edt_core.training.state import initial_state
 from edt_core.training.validation.measure import HeldOutLoss
+from tests.support.cases import suite_of
 from tests.support.models import TINY, made_model, shallow_config
 from tests.support.trainings import contents, cut_back, narrow, place, same
 
@@ -43,7 +44,7 @@ def shape_of(name: str) -> ModelConfig:
     return narrow() if name.startswith("EDT") else shallow_config(name)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", suite_of(["EDT-Tiny/2", "UViT-Tiny/2"], TINY))
 def test_it_is_another_training_that_resumes_bit_for_bit(name: str, dataset: LatentDataset, tmp_path: Path) -> None:
     plain = shape_of(name)
     shape = with_trained_amm(plain, (0, 2))

@@ -313,7 +313,7 @@ def _work(rank: int, port: int, folder: Path, paths: list[Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processes(forks: None, latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which three processes have done their trainings."""
     folder = tmp_path_factory.mktemp("processes")
     run_ranks("tests.edt_core.test_training_exactness", 3, folder, *map(str, latents_artifact.paths("*.arrow")))

@@ -494,6 +494,7 @@ def _train_and_be_killed(folder: Path, paths: list[Path], kills: int, seed: int)
 
 
 @pytest.mark.faults
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("kills", suite_of([2], [2, 8]))
 def test_a_training_that_is_killed_while_it_writes_ends_as_if_it_had_not_been(
     kills: int, latents_artifact: Artifact, tmp_path: Path

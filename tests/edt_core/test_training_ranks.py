@@ -144,7 +144,7 @@ def check_compiled(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processes(forks: None, latents_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("ranks"), "aot_eager", latents_artifact)
 
 
@@ -240,6 +240,7 @@ def test_gates_train_the_same_on_two_processes_and_resume_exactly(
 
 @pytest.mark.extern
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler for CPUs needs g++")
 def test_blocks_in_machine_code_train_the_same_on_two_processes(latents_artifact: Artifact, tmp_path: Path) -> None:
     check_compiled(trained(tmp_path, "inductor", latents_artifact))

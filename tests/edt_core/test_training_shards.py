@@ -186,7 +186,7 @@ def paths(latents_artifact: Artifact) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def processes(paths: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processes(forks: None, paths: list[str], one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "matmul_rate", lambda *_: 1e9)

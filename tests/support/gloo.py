@@ -64,11 +64,16 @@ def _server() -> "subprocess.Popen[str]":
         env=environment,
         cwd=Path(__file__).parents[2],
     )
-    atexit.register(_end, process)
+    atexit.register(end_server)
     return process
 
 
-def _end(server: "subprocess.Popen[str]") -> None:
+def end_server() -> None:
+    """End the process that forks, if there is one: it holds 400 MiB."""
+    if not _server.cache_info().currsize:
+        return
+    server = _server()
+    _server.cache_clear()
     assert server.stdin is not None
     with suppress(BrokenPipeError):
         server.stdin.close()

@@ -38,7 +38,8 @@ def project_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     The N·T tokens become the pixels of _IMAGES images in channels-last layout, which needs no copy.
     """
     if not (_BY_CONVOLUTION and _is_faster(x, weight)):
-        return F.linear(x, weight, bias)
+        # Of rows with gaps PyTorch makes one product or one for each image, by whether the weights require gradients.
+        return F.linear(x.contiguous(), weight, bias)
     images = x.reshape(_IMAGES, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out = F.conv2d(images, weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:2], -1)

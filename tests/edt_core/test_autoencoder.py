@@ -84,6 +84,8 @@ def test_it_comes_back_from_disk_the_same(fitted, digits: tuple[np.ndarray, np.n
         "latent_channels": 4,
         "scaling_factor": facts["scaling_factor"],
     }
+    gradients = [any(weight.requires_grad for weight in each.parameters()) for each in (model, loaded)]
+    assert gradients == [False, False]  # torch.matmul takes other kernels for weights that require one
     assert torch.equal(encode_posterior(model, digits[0]), encode_posterior(loaded, digits[0]))
 
 

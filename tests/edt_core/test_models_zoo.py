@@ -207,6 +207,16 @@ def test_activation_checkpointing_changes_no_gradient(name: str, masked: bool) -
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_weights_that_require_gradients_compute_the_same_bits(name: str) -> None:
+    """A model in training, as previews and validation take it, and one that was loaded."""
+    model = tiny(name)
+    with torch.inference_mode():
+        values = inputs(model.config)
+        before = model.requires_grad_(True)(*values)
+        assert torch.equal(model.requires_grad_(False)(*values), before)
+
+
 def test_a_model_without_masks_refuses_a_masked_loss() -> None:
     with pytest.raises(UserError, match=r"DiT-S/2 has no masked pass.*false"):
         check_masked_loss(model_config("DiT-S/2"), True)

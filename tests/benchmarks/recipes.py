@@ -129,28 +129,28 @@ class Here:
         raise NotImplementedError
 
 
-def trained(store: Path, averages: bool, path: Path) -> dict[str, dict[str, float]]:
-    """The metrics of the only model of a pipeline; with `averages`, by their width as well, for other widths."""
+def trained(store: Path, sweep: str, path: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the only model of a pipeline; with a sweep such as "cfg=1.5,3", also by each of its values."""
     config = load_config(str(path), [], str(store))
     opened = Store.open(str(store))
     with local_ray_train(), Terminal(to_stderr=True) as terminal:
         (branch,) = call_steps(Here(opened), config, prepare_source(config.source, opened.root, terminal))
         made = {role: step.result() for role, step in branch.steps.items()}
         found = {"": dict(made["evaluation"].counts["metrics"])}
-        if averages:
-            found |= averaged(made, config.sample.model_dump(), store / "averages" / branch.name)
+        if sweep:
+            found |= swept(made, config.sample.model_dump(), sweep, store / "swept" / branch.name)
     return found
 
 
-def averaged(made: Mapping[str, Artifact], chain: Mapping[str, Any], out: Path) -> dict[str, dict[str, float]]:
-    """The metrics of a training with averages of other widths, by width."""
+def swept(made: Mapping[str, Artifact], chain: Mapping[str, Any], sweep: str, out: Path) -> dict[str, dict[str, float]]:
+    """The metrics of a training with other settings of its samples, by the value of the setting."""
     fields = ("num_samples", "num_sampling_steps", "cfg_scale")
     flags = [part for name in fields for part in (f"--{name.replace('_', '-')}", str(chain[name]))]
     networks = [part for role in ("classifier", "reference") for part in (f"--{role}", made[role].folder.uri)]
-    arguments = [made["checkpoint"].folder.uri, str(out), *networks, *flags, "--sweep", f"ema={','.join(WIDTHS)}"]
+    arguments = [made["checkpoint"].folder.uri, str(out), *networks, *flags, "--sweep", sweep]
     evaluate_model.run(evaluate_model.make_parser("edt evaluate").parse_args(arguments), Silent())
     results = json.loads((out / "results.json").read_text())
-    return {result["settings"]["ema"]: result["metrics"] for result in results}
+    return {value: result["metrics"] for result in results for value in result["settings"].values()}
 
 
 def write_pipeline(data: Data, name: str, fields: Mapping[str, Any], folder: Path) -> Path:
@@ -176,11 +176,11 @@ class Lab:
     processes: ProcessPoolExecutor
 
     def results(
-        self, data: Data, models: Mapping[str, Mapping[str, Any]], averages: bool = False
+        self, data: Data, models: Mapping[str, Mapping[str, Any]], sweep: str = ""
     ) -> dict[str, dict[str, dict[str, float]]]:
         """What `trained` finds of each model, by name. The first one makes what all share."""
         paths = [write_pipeline(data, name, fields, self.store) for name, fields in models.items()]
-        work = partial(trained, self.store, averages)
+        work = partial(trained, self.store, sweep)
         first = self.processes.submit(work, paths[0]).result()
         return dict(zip(models, [first, *self.processes.map(work, paths[1:])], strict=True))
 
@@ -207,7 +207,7 @@ def measured(
 def of_widths(data: Data, seeds: Sequence[int], lab: Lab) -> dict[str, list[dict[str, float]]]:
     """The metrics of the first row's trainings with averages of other widths, by width in the order of the seeds."""
     models = {name_of(data, BASE, seed): fields_of(data, BASE, seed) for seed in seeds}
-    found = lab.results(data, models, averages=True).values()
+    found = lab.results(data, models, f"ema={','.join(WIDTHS)}").values()
     return {width: [each[width] for each in found] for width in WIDTHS}
 
 

@@ -261,6 +261,7 @@ def test_a_table_is_trained_registered_and_written(ran: tuple[Path, Any]) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     text = (store.parent / "out" / "table-9.md").read_text()
     assert "missing" not in text
+    assert "objective epsilon, optimizer adan" in text
     assert text.count(" | 2 | ") == 4  # trainings of each row
     assert (store.parent / "out" / "table-9.png").stat().st_size > 10_000
     values = {

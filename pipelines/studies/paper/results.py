@@ -138,6 +138,8 @@ def _setting(config: PipelineConfig, train: TrainConfig) -> dict[str, Any]:
         "image_size": config.preprocess.image_size,
         "steps": train.max_steps if train.max_epochs is None else f"of {train.max_epochs:g} epochs",
         "global_batch_size": train.global_batch_size,
+        "objective": train.objective,
+        "optimizer": train.optimizer,
         "num_samples": sample.num_samples,
         "num_sampling_steps": sample.num_sampling_steps,
         "cfg_scale": sample.cfg_scale,

@@ -102,7 +102,8 @@ def chosen_classes(images: Path, count: int, out: Path) -> Path:
 
 def search(images: Path, steps: int, lab: Lab) -> tuple[str, str]:
     """The setting and the guidance with the highest accuracy. Prints the table of all."""
-    print(f"{steps} steps of seed {SEARCH_SEED}\n\n| setting | guidance | accuracy | fd_classifier |\n|---|---|---|---|")
+    print(f"{steps} steps of seed {SEARCH_SEED}\n")
+    print("| setting | guidance | accuracy | fd_classifier |\n|---|---|---|---|")
     found: dict[tuple[str, str], float] = {}
     for factor in sorted({factor for factor, _ in SETTINGS.values()}):
         data = data_of(images, factor, steps)

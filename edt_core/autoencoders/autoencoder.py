@@ -98,9 +98,7 @@ def fit_autoencoder(
         raise UserError(
             f"the autoencoder's error is {mse} after {config.steps} steps; lower autoencoder.lr ({config.lr})"
         )
-    model.eval().requires_grad_(
-        False
-    )  # as `load_autoencoder`: torch.matmul rounds otherwise for weights with gradients
+    model.eval().requires_grad_(False)  # as a loaded one: torch.matmul chooses its kernels by it
     if config.kind == "fsq":
         return model, {"mse": mse, "scaling_factor": 1.0, "codes_used": _codes_used(model, pixels, config.batch_size)}
     factor = measure_scaling_factor(model, pixels, config.batch_size)

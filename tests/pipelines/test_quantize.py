@@ -19,7 +19,7 @@ from jobs.models.open import load_model, open_model
 from jobs.models.registry_files import stored_problems
 from pipelines.registry.aliases import set_tags
 from pipelines.registry.gate import metric_of
-from pipelines.registry.lookup import find
+from pipelines.registry.lookup import find, quantization_of
 from pipelines.retrain.line import champion_record, record_of_version
 from pipelines.tracking.catalog import Catalog
 from tests.support.models import drawn_weights, opened
@@ -93,6 +93,8 @@ def test_a_version_without_metrics_has_its_table_its_sizes_and_its_parents(place
 def test_the_same_command_makes_no_second_version(place: Place) -> None:
     again = json.loads(place.done("quantize", f"{REAL}/1", *_QUICK, "--no-metric", "--json"))
     assert (again["version"], again["new"], again["decision"]) == (f"{REAL}/2", False, None)
+    recorded = quantization_of(place.version())
+    assert {name: again[name] for name in recorded} == recorded  # not the times of this call
 
 
 def test_a_dry_run_writes_nothing(place: Place) -> None:
@@ -155,6 +157,9 @@ def test_what_cannot_be_quantised_is_refused(place: Place) -> None:
     )
     assert "--keep-error is 1e-09, but the smallest error of a layer is" in place.refusal(
         "quantize", f"{REAL}/1", *_QUICK, "--keep-error", "1e-9", "--no-metric"
+    )
+    assert "--keep-error is inf; give a number" in place.refusal(
+        "quantize", f"{REAL}/1", *_QUICK, "--keep-error", "inf"
     )
     features = place.registry.root / "features"
     moved = features.rename(features.with_name("moved"))

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from edt_core.config import ChainConfig, SampleConfig, recorded_fields
 from edt_core.environment import code_version
+from edt_core.errors import UserError
 from edt_core.store.artifact import sha256_json
 from edt_core.store.folder import Folder
 
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
+    from edt_core.sampling.sampler import Classify
 
 TIMED_SAMPLES = 16  # of a batch that is timed
 _RUNS = 2
@@ -27,6 +29,7 @@ class Clock:
     num_timesteps: int
     out: Folder
     guide: "DiffusionTransformer | None" = None
+    classify: "Classify | None" = None  # of a chain that is guided away from the confused class
 
     def __post_init__(self) -> None:
         import torch
@@ -58,7 +61,7 @@ class Clock:
         key = sha256_json({"place": self.place, "code": code_version(), "models": models, "chain": fields})
         if (known := self._known().get(key)) is not None:
             return known
-        sampler = LatentSampler(self.model, config, self.num_timesteps, self.guide)
+        sampler = LatentSampler(self.model, config, self.num_timesteps, self.guide, classify=self.classify)
         count = min(TIMED_SAMPLES, config.unit_size)
         labels, times = [0] * count, []
         for _ in range(_RUNS + 1):  # the first one also allocates
@@ -70,8 +73,15 @@ class Clock:
         return seconds
 
     def _known(self) -> dict[str, float]:
-        """The seconds that are in the folder, by setting."""
-        known: dict[str, float] = json.loads(self.out.read_bytes(_TIMES)) if self.out.exists(_TIMES) else {}
+        """The seconds that are in the folder, by setting. Raises UserError for a damaged file."""
+        if not self.out.exists(_TIMES):
+            return {}
+        try:
+            known: dict[str, float] = json.loads(self.out.read_bytes(_TIMES))
+        except ValueError:
+            raise UserError(
+                f"{self.out.uri}/{_TIMES} is damaged: it is no JSON. Delete it, and all times are measured again"
+            ) from None
         return known
 
     def flops(self, config: SampleConfig) -> float:

@@ -67,13 +67,16 @@ class Subject:
         inputs = {**networks, "checkpoint": opened.checkpoint, "autoencoder": autoencoder}
         return replace(self, model=opened, inputs=inputs)
 
-    def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig) -> None:
-        """Raise UserError for a metric with too few samples or images. Called before any sample is drawn."""
+    def check_sizes(self, sampling: SampleConfig, config: EvaluateConfig, share: float = 1.0) -> None:
+        """Raise UserError for a metric with too few samples or images. Called before any sample is drawn.
+
+        `share`: of --num-samples that `sampling` has.
+        """
         spaces = {space: _dimensions(space, self.inputs[space]) for space in EXTRACTORS if space in self.inputs}
         # Published statistics do not state their number of images, and some contain images only for kid.
         images = self.real.counts["images"] if self.real.counts["source"] == "images" else None
         keep_features = self.real.manifest.config["keep_features"]
-        check_sizes(config, spaces, sampling.num_samples, images, keep_features)
+        check_sizes(config, spaces, sampling.num_samples, images, keep_features, share)
 
     def measure(self, sampling: SampleConfig, config: EvaluateConfig, progress: Progress) -> tuple[Artifact, Artifact]:
         """The features and the evaluation artifact of one protocol, reused or made now."""

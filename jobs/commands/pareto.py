@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edt_core.config import SampleConfig
+from edt_core.config import ChainConfig, SampleConfig
 from edt_core.errors import UserError
 from edt_core.evaluation.config import EvaluateConfig
 from edt_core.files.small_files import read_text
@@ -26,11 +26,12 @@ from jobs.commands.curve import Curve
 from jobs.commands.evaluate_model import RESULTS, Subject, add_subject, prepared
 from jobs.commands.front import Measured, halved
 from jobs.commands.options import add_fields, add_json, given_fields, parser_of, validated
-from jobs.commands.sweep import Point, effective, grid, parse_axis
+from jobs.commands.sweep import EMA, Axis, Point, effective, grid, parse_axis
 from jobs.models.open import Loaded, load_model, use_mlflow, version_at
 from jobs.runtime.cluster_address import check_named
 from jobs.runtime.exit_code import exit_code
 from jobs.runtime.progress import Bar
+from jobs.stages import sample
 
 if TYPE_CHECKING:
     from edt_core.models import ModelConfig
@@ -90,9 +91,9 @@ def default_axes(base: SampleConfig, config: "ModelConfig") -> list[str]:
 def settings_of(base: SampleConfig, axes: Sequence[str], config: "ModelConfig") -> dict[str, SampleConfig]:
     """The settings of the grid by name, those of the same effect once; the base first, as GIVEN.
 
-    Raises UserError for settings that the model does not support.
+    Raises UserError for axes that are no settings of a chain, and for settings that the model does not support.
     """
-    points = [Point({}, base), *grid(base, [parse_axis(text) for text in axes])]
+    points = [Point({}, base), *grid(base, [_axis(text) for text in axes])]
     settings: dict[str, SampleConfig] = {}
     known: set[str] = set()
     for point in points:
@@ -101,6 +102,20 @@ def settings_of(base: SampleConfig, axes: Sequence[str], config: "ModelConfig") 
             known.add(effect)
             settings[" ".join(f"{name}={text}" for name, text in point.settings.items()) or GIVEN] = point.config
     return settings
+
+
+def _axis(text: str) -> Axis:
+    """An axis of a search. Raises UserError for what is the same for all of its points: weights, samples, workers."""
+    axis = parse_axis(text)
+    if axis.field not in ChainConfig.model_fields:
+        remedy = f"set it for all of them with --{axis.field.replace('_', '-')}"
+        if axis.field == EMA:
+            remedy = f"compare averages with `edt evaluate MODEL OUT --sweep {text}`, and register one with `edt ema`"
+        raise UserError(
+            f"--sweep {text}: {axis.name} is no setting of a chain, and only in those do the points of a search "
+            f"differ; {remedy}"
+        )
+    return axis
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "edt pareto") -> None:
@@ -118,16 +133,19 @@ def run(options: argparse.Namespace, bar: Progress) -> None:
     out = Folder.at(options.out)
     if out.local is None:
         raise UserError(f"{options.out} is remote; search into a local folder")
-    if options.budget_s is not None and options.budget_s <= 0:
+    if options.budget_s is not None and not options.budget_s > 0:  # nan is not above 0 either
         raise UserError(f"--budget-s is {options.budget_s:g}; use seconds above 0, or leave it out for no limit")
     check_named()
     evaluation = validated(EvaluateConfig, given_fields(options, EvaluateConfig))
     entrants = _entrants(options, out, bar)
     sizes = entrants[0].settings[GIVEN]
-    rungs = tuple(sorted({max(2, math.ceil(sizes.num_samples * share)) for share in _SHARES}))
-    for size in rungs:
-        entrants[0].subject.check_sizes(sizes.model_copy(update={"num_samples": size}), evaluation)
-    search = Search(entrants, options.metric or _default_metric(entrants[0].subject), rungs)
+    rungs = {share: max(2, math.ceil(sizes.num_samples * share)) for share in _SHARES}
+    for share, size in rungs.items():
+        entrants[0].subject.check_sizes(sizes.model_copy(update={"num_samples": size}), evaluation, share)
+    for entrant in entrants:
+        _check_points(entrant)
+    metric = options.metric or _default_metric(entrants[0].subject)
+    search = Search(entrants, metric, tuple(sorted(set(rungs.values()))))
     results, complete = _measured(search, evaluation, options.budget_s, bar)
     Curve(search, results, complete, GIVEN).write(out)
 
@@ -138,9 +156,11 @@ def _entrants(options: argparse.Namespace, out: Folder, bar: Progress) -> list[E
     version = _version(options.model)
     options.model = version or options.model  # an alias may move during a search
     settings = _settings(options, loaded)
+    if not options.guide:
+        _check_unguided(options.model, loaded, settings[GIVEN], "pass the guide with --guide")
     subject = prepared(options, settings[GIVEN], out, bar, [Point({}, config) for config in settings.values()])
     guide = load_model(options.guide).model if options.guide else None
-    clock = Clock(loaded.model, loaded.num_timesteps, out, guide)
+    clock = Clock(loaded.model, loaded.num_timesteps, out, guide, loaded.classify_by(loaded.autoencoder))
     entrants = [Entrant(options.model, version, subject, clock, settings)]
     for location in options.also:
         other, version = _loaded(options, location), _version(location)
@@ -148,9 +168,10 @@ def _entrants(options: argparse.Namespace, out: Folder, bar: Progress) -> list[E
         if label in [entrant.label for entrant in entrants]:
             raise UserError(f"--also {location} is {label}, which is in the search already; name each model once")
         _check_comparable(label, other, options.model, loaded)
-        tried = _settings(options, other).items()
-        settings = {label if name == GIVEN else f"{label} {name}": config for name, config in tried}
-        clock = Clock(other.model, other.num_timesteps, out)
+        tried = _settings(options, other)
+        _check_unguided(label, other, tried[GIVEN], "search it by itself, with --guide")
+        settings = {label if name == GIVEN else f"{label} {name}": config for name, config in tried.items()}
+        clock = Clock(other.model, other.num_timesteps, out, classify=other.classify_by(other.autoencoder))
         entrants.append(Entrant(label, version, subject.beside(options, label, bar), clock, settings))
     return entrants
 
@@ -173,12 +194,30 @@ def _settings(options: argparse.Namespace, loaded: Loaded) -> dict[str, SampleCo
     return settings_of(base, options.sweep or default_axes(base, config), config)
 
 
+def _check_unguided(label: str, loaded: Loaded, given: SampleConfig, remedy: str) -> None:
+    """Raise UserError for a model that its own settings guide away from a guide, which a search does not take over."""
+    if loaded.guide_of(given) is not None:
+        raise UserError(
+            f"{label} carries a guide, from which cfg_scale {given.cfg_scale:g} guides away; without it the search "
+            f"would measure another chain. Search with --cfg-scale 1, or {remedy}"
+        )
+
+
 def _check_comparable(label: str, other: Loaded, model: str, first: Loaded) -> None:
     """Raise UserError for a model of other images: one metric would compare different things."""
     for name in ("num_classes", "image_size"):
         theirs, ours = getattr(other.model.config, name), getattr(first.model.config, name)
         if theirs != ours:
             raise UserError(f"--also {label} has {name} {theirs} and {model} has {ours}: they cannot be compared")
+
+
+def _check_points(entrant: Entrant) -> None:
+    """Raise UserError for a setting that the model cannot be sampled by, before any sample is drawn."""
+    for name, config in entrant.settings.items():
+        try:
+            sample.check(config, entrant.subject.inputs)
+        except UserError as error:
+            raise UserError(f"{entrant.label} cannot be measured with the setting {name!r}: {error}") from error
 
 
 def _default_metric(subject: Subject) -> str:

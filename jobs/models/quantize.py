@@ -1,5 +1,6 @@
 """A quantised model of a registered version: calibration on its own samples, the table of errors, and the artifact."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
@@ -68,6 +69,8 @@ def check_settings(loaded: Loaded, settings: Settings) -> None:
     if (done := loaded.model.config.quantization) is not None:
         raise UserError(f"the model is quantised already ({done.scheme}); quantise the version that it was made from")
     check_scheme(settings.scheme)
+    if settings.keep_error is not None and not math.isfinite(settings.keep_error):
+        raise UserError(f"--keep-error is {settings.keep_error}; give a number, such as 1000 to quantise every layer")
     if settings.group_size is not None:
         if settings.scheme != "int4-weights":
             raise UserError(f"--group-size is of int4-weights, but --to is {settings.scheme}; leave it out")

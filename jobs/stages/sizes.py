@@ -1,5 +1,6 @@
 """Check that there are enough samples and images for the metrics, before anything is computed."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from edt_core.errors import UserError
@@ -64,11 +65,17 @@ def check_sizes(
     num_samples: int,
     images: int | None,
     keep_features: int,
+    share: float = 1.0,
 ) -> None:
-    """Raise UserError for metrics with too few samples or images; the remedies are options of a stage."""
+    """Raise UserError for metrics with too few samples or images; the remedies are options of a stage.
+
+    `share`: of --num-samples that `num_samples` are, below 1 in the first rungs of a search.
+    """
     lines = []
     for shortfall in size_shortfalls(config, dimensions, num_samples, images, keep_features):
-        more = f"set --num-samples {shortfall.need}" if shortfall.side == "generated" else "compare with more images"
+        least = f"set --num-samples {math.ceil(shortfall.need / share)}"
+        least += "" if share == 1.0 else f" (the first rung of a search has {share:.0%} of them)"
+        more = least if shortfall.side == "generated" else "compare with more images"
         allow = ["set --allow-rank-deficient true"] if shortfall.dimensions else []
         lines.append(shortfall_text(shortfall, [more, *allow, "choose other --metrics, such as kid"]))
     if lines:

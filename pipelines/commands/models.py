@@ -111,11 +111,12 @@ def show(
     undecided = "imported, not measured here" if facts["origin"] else "registered, promotion not yet decided"
     undecided = "averaged from snapshots, not measured here" if facts["average"] else undecided
     undecided = "quantised, not measured here" if facts["quantization"] else undecided
+    undecided = "with other sampling settings, not measured here" if facts["chain"] else undecided
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:
             say(f"  {name:<16} {short(str(facts[name]))}")
-    made = ("origin", "average", "quantization", "metrics", "teacher", "pruned")
+    made = ("origin", "average", "quantization", "chain", "metrics", "teacher", "pruned")
     for section in (*made, "trainings", "protocol", "data", "parents", "config"):
         _echo_section(section, facts[section])
 

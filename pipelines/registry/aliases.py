@@ -26,6 +26,7 @@ GUIDE_TAG, GUIDE_FROM_TAG, GUIDE_CHECKPOINT_TAG = "edt.guide", "edt.guide_from",
 PARENT_TAG = "edt.ema_of"  # of a version with averaged weights: the version that they are of
 QUANTIZED_TAG = "edt.quantized."  # facts of a quantised version, by name
 QUANTIZED_OF_TAG = f"{QUANTIZED_TAG}of"  # the version that it was made from
+CHAIN_TAG, CHAIN_OF_TAG = "edt.chain", "edt.chain_of"  # other default settings; the version with the same weights
 _ATTEMPTS = 10
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # no such model, no such alias
 
@@ -134,6 +135,11 @@ def gate_of(version: Any) -> PromoteConfig:
             origin = f"made by `edt ema`. Compare it with the version that it is made from: `{beside} ...`"
         if QUANTIZED_OF_TAG in version.tags:
             origin = f"made by `edt quantize` of {version.tags[QUANTIZED_OF_TAG]} without metrics"
+        if CHAIN_OF_TAG in version.tags:
+            origin = (
+                f"made by `edt models set-chain` of {version.tags[CHAIN_OF_TAG]}. Use it by its number; `edt evaluate` "
+                "measures it"
+            )
         raise UserError(f"{title(version)} has no recorded metric to decide by: it was {origin}")
     return PromoteConfig(metric=metric, lower_is_better=sense != "higher")
 

@@ -22,7 +22,7 @@ from jobs.models.initial import INIT_CHECKPOINT_TAG, INIT_FROM_TAG, INIT_TAG
 from jobs.models.names import STD_TAG
 from jobs.models.registry_files import title
 from jobs.stages.training.follow import UNTIL
-from pipelines.registry.aliases import GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, PARENT_TAG, QUANTIZED_OF_TAG
+from pipelines.registry.aliases import CHAIN_OF_TAG, GUIDE_CHECKPOINT_TAG, GUIDE_FROM_TAG, PARENT_TAG, QUANTIZED_OF_TAG
 from pipelines.registry.lookup import all_aliases, find, origin_of, quantization_of
 from pipelines.tracking.catalog import Catalog, flatten
 from pipelines.tracking.runs import RUN_ID, experiments, runs_of, whole_run_id
@@ -230,7 +230,8 @@ def _of_version(walk: _Walk, version: Any) -> Lineage:
 
 def _run_of_training(catalog: Catalog, version: Any) -> str | None:
     """The run whose parameters describe a version's training: of a version made from another, that of the other."""
-    if (parent := version.tags.get(PARENT_TAG, version.tags.get(QUANTIZED_OF_TAG))) is not None:
+    of = (PARENT_TAG, QUANTIZED_OF_TAG, CHAIN_OF_TAG)
+    if (parent := next((version.tags[tag] for tag in of if tag in version.tags), None)) is not None:
         name, _, number = parent.rpartition("/")
         with suppress(Exception):  # it was deleted
             return str(catalog.client.get_model_version(name, number).run_id)

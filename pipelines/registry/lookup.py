@@ -16,6 +16,8 @@ from jobs.commands.options import parse_assignment
 from jobs.models.names import REGISTERED, STD_TAG
 from pipelines.registry.aliases import (
     BEFORE_TAG,
+    CHAIN_OF_TAG,
+    CHAIN_TAG,
     CHAMPION,
     DECISION_TAG,
     PARENT_TAG,
@@ -99,6 +101,7 @@ class Record:
             "origin": origin_of(self.version),
             "average": {tag.removeprefix("edt."): tags[tag] for tag in (STD_TAG, PARENT_TAG) if tag in tags},
             "quantization": quantization_of(self.version),
+            "chain": chain_of(self.version),
             "decision": None if self.decision is None else json.loads(self.decision.to_json()),
             "decision_text": None if self.decision is None else str(self.decision),
             "champion_before": tags.get(BEFORE_TAG) or None,
@@ -124,6 +127,12 @@ def quantization_of(version: Any) -> dict[str, str]:
     return {
         tag.removeprefix(QUANTIZED_TAG): text for tag, text in version.tags.items() if tag.startswith(QUANTIZED_TAG)
     }
+
+
+def chain_of(version: Any) -> dict[str, Any]:
+    """The default settings of a version of `edt models set-chain`, and the version that it has the weights of."""
+    tags = version.tags
+    return {"of": tags[CHAIN_OF_TAG], **json.loads(tags.get(CHAIN_TAG, "{}"))} if CHAIN_OF_TAG in tags else {}
 
 
 def find(catalog: Catalog, text: str) -> Any:

@@ -23,6 +23,7 @@ from pipelines.tracking.catalog import Catalog
 if TYPE_CHECKING:
     from edt_core.models import DiffusionTransformer
 
+QUANTIZE_EXTRA = "[quantize]"  # of this package: what a quantised version needs
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 # Fields of a training's configuration that the card shows; the run's record has all fields.
 _TRAINING = (

@@ -6,7 +6,15 @@ from typing import Any
 from edt_core.errors import UserError
 from edt_core.printing.suggestions import suggestions
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import DECISION_TAG, GATE_TAG, QUANTIZED_OF_TAG, champion, search, version_at
+from pipelines.registry.aliases import (
+    CHAIN_OF_TAG,
+    DECISION_TAG,
+    GATE_TAG,
+    QUANTIZED_OF_TAG,
+    champion,
+    search,
+    version_at,
+)
 from pipelines.registry.lookup import all_aliases, origin_of
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.runs import Record, read_record, step_tag, workflow_runs
@@ -35,6 +43,10 @@ def record_of_version(catalog: Catalog, version: Any) -> Record:
         raise UserError(
             f"{title(version)} is quantised, and quantised weights cannot be trained; use {parent}, from which it was "
             "made"
+        )
+    if (parent := version.tags.get(CHAIN_OF_TAG)) is not None:
+        raise UserError(
+            f"{title(version)} is {parent} with other sampling settings, which no run trained; use {parent}"
         )
     if origin_of(version) or not version.run_id:
         raise UserError(

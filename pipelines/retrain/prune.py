@@ -91,9 +91,26 @@ def prepare(catalog: Catalog, request: Request) -> Pruning:
     for text in request.assignments:
         assign(values, *parse_assignment(text))
     config: PipelineConfig = validated(PipelineConfig, values)
+    _check_settings(config, request, version)
+    return Pruning(config, version, before, after)
+
+
+def _check_settings(config: PipelineConfig, request: Request, version: Any) -> None:
+    """Raise UserError for assignments that would prune in another way, or another model, than the request says."""
     if config.prune.keep != request.keep:
         raise UserError("prune.keep decides the depth of the model; set it with --keep, and not with --set prune.keep")
-    return Pruning(config, version, before, after)
+    if len(config.models) != 1:
+        raise UserError(
+            f"--set makes the models {', '.join(config.models) or 'none'}, but one model is pruned; give its name with "
+            "--name"
+        )
+    (name,) = config.models
+    location = config.train_of(name).init_from
+    if location != f"models:/{version.name}/{version.version}":
+        raise UserError(
+            f"train.init_from is {location}, but {version.name}/{version.version} is pruned; name another version in "
+            "its place, and leave --set train.init_from out"
+        )
 
 
 def _classes(catalog: Catalog, version: Any) -> int:

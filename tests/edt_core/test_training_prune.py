@@ -92,7 +92,9 @@ def test_groups_stay_within_runs_and_the_last_one_keeps_its_share_rounded_up() -
 
 
 def test_what_cannot_be_pruned_is_refused() -> None:
-    with pytest.raises(UserError, match=r"leaves nothing out of EDT-Tiny/2: .* have 1, 1, 1, 1, 1 each.* more blocks"):
+    with pytest.raises(
+        UserError, match=r"leaves nothing out of EDT-Tiny/2: .* 1, 1, 1, 1, 1 each.* up\. Prune a model with"
+    ):
         groups_of(edt((1, 1, 1, 1, 1)), (1, 2))
     with pytest.raises(UserError, match=r"MaskGIT, whose blocks cannot be left out; .* EDT, DiT, MDTv2, U-ViT"):
         groups_of(model_config("MaskGIT-Tiny", 32, 4, autoencoder_factor=4), (1, 2))

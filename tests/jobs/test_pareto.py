@@ -11,7 +11,8 @@ from edt_core.config import SampleConfig
 from edt_core.errors import UserError
 from edt_core.models import model_config
 from jobs.commands.front import Measured, best_of, dominates, fastest_within, front, halved, named_points, survivors
-from jobs.commands.pareto import GIVEN, default_axes, settings_of
+from jobs.commands.pareto import GIVEN, _check_unguided, default_axes, settings_of
+from jobs.models.open import Loaded
 from pipelines.outcome import Outcome
 from tests.support.local_ray import local_ray_train
 from tests.support.small import MODEL, edt
@@ -90,6 +91,52 @@ def test_the_default_grid_has_no_two_settings_of_one_effect(name: str) -> None:
     assert len(settings) == 1 + 3 * 5 * 3  # ddim, dpmsolver++, unipc; 2 to 25 steps; three caches
     texts = [setting.model_dump_json() for setting in settings.values()]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("axis", ["ema=off,0.05", "num_samples=20,40", "seed=0,1", "label_policy=uniform"])
+def test_only_settings_of_a_chain_make_a_grid(axis: str) -> None:
+    """All points have the same weights and samples: a point with another name than what was measured is wrong."""
+    config, base = model_config("EDT-Tiny/2", 32, 10), SampleConfig(num_sampling_steps=4, num_samples=8)
+    with pytest.raises(UserError, match="is no setting of a chain"):
+        settings_of(base, [axis, "steps=2,3"], config)
+
+
+def test_a_guide_is_not_left_out_without_a_word() -> None:
+    guide: Any = object()
+    loaded = Loaded(guide, 1000, None, guide=guide)
+    given = SampleConfig(cfg_scale=2.0)
+    with pytest.raises(UserError, match=r"m/1 carries a guide, from which cfg_scale 2 guides away; .* --guide"):
+        _check_unguided("m/1", loaded, given, "pass the guide with --guide")
+    _check_unguided("m/1", loaded, given.model_copy(update={"cfg_scale": 1.0}), "")
+
+
+def test_damaged_times_are_one_message(tmp_path: Path) -> None:
+    from edt_core.models import build_model
+    from edt_core.store.folder import Folder
+    from jobs.commands.clock import Clock
+
+    (tmp_path / "seconds.json").write_text('{"0a1b')
+    clock = Clock(build_model(model_config("EDT-Tiny/2", 32, 10)), 1000, Folder.at(str(tmp_path)))
+    with pytest.raises(UserError, match=r"seconds\.json is damaged: it is no JSON\. Delete it"):
+        clock.seconds(SampleConfig(num_sampling_steps=2, num_samples=2))
+
+
+def test_a_chain_away_from_the_confused_class_is_timed_with_its_classifier(tmp_path: Path) -> None:
+    import torch
+
+    from edt_core.models import build_model
+    from edt_core.store.folder import Folder
+    from jobs.commands.clock import Clock
+
+    model, classified = build_model(model_config("EDT-Tiny/2", 32, 10)), []
+
+    def classify(latents: torch.Tensor) -> torch.Tensor:
+        classified.append(latents.shape)
+        return torch.zeros(len(latents), 10)
+
+    chain = SampleConfig(num_sampling_steps=2, unit_size=2, cfg_scale=1.5, guidance_reference="confused")
+    assert Clock(model, 1000, Folder.at(str(tmp_path)), classify=classify).seconds(chain) > 0
+    assert classified
 
 
 def test_times_are_of_one_model_and_operations_follow_the_chain(tmp_path: Path) -> None:
@@ -176,9 +223,22 @@ def test_a_search_without_time_is_one_message(searched: tuple[list[str], Path], 
     assert done.returncode == 2
     assert "the time was over before anything was measured" in done.stderr
     assert search(arguments, "--budget-s", "-1").returncode == 2
+    assert "--budget-s is nan; use seconds above 0" in search(arguments, "--budget-s", "nan").stderr
     unknown = search(arguments, "--metric", "fidd")
     assert unknown.returncode == 2
     assert "--metric fidd was not measured" in unknown.stderr
+
+
+def test_a_search_that_cannot_end_does_not_begin(searched: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, _ = searched
+    arguments = [arguments[0], str(tmp_path / "other"), *arguments[2:]]
+    few = search(arguments, "--num-samples", "24")
+    assert few.returncode == 2
+    assert "there are only 6. Set --num-samples 68 (the first rung of a search has 25% of them)" in few.stderr
+    done = search([*arguments[: arguments.index("--sweep")], "--sweep", "sampler=ddim,euler"])
+    assert done.returncode == 2
+    assert f"{MODEL}/1 cannot be measured with the setting 'sampler=euler': sampler is 'euler'" in done.stderr
+    assert not (tmp_path / "other" / "features").exists()
 
 
 def test_other_models_take_part_and_keep_their_points_to_themselves(

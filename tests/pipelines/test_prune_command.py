@@ -147,6 +147,12 @@ def test_what_cannot_be_pruned_is_refused(first: Outcome, pruned: dict[str, Any]
         prepare(catalog, Request(f"{MODEL}/2", str(place), (1, 2)))
     with pytest.raises(UserError, match=r"not with --set prune\.keep"):
         prepare(catalog, Request(f"{MODEL}/1", str(place), (1, 2), assignments=("prune.keep=[2,3]",)))
+    for assignment, problem in (
+        ("models={a: {}, b: {}}", "--set makes the models a, b, but one model is pruned"),
+        (f"train.init_from=models:/{MODEL}/2", f"train.init_from is models:/{MODEL}/2, but {MODEL}/1 is pruned"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            prepare(catalog, Request(f"{MODEL}/1", str(place), (1, 2), assignments=(assignment,)))
     for text, problem in (("2:2", "N must be at least 1 and below M"), ("half", "give N:M")):
         done = edt("prune", MODEL, "--keep", text, "--store", str(place))
         assert done.returncode == 2

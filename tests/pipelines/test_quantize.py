@@ -19,7 +19,7 @@ from jobs.models.open import load_model, open_model
 from jobs.models.registry_files import stored_problems
 from pipelines.registry.aliases import set_tags
 from pipelines.registry.gate import metric_of
-from pipelines.registry.lookup import find
+from pipelines.registry.lookup import find, quantization_of
 from pipelines.retrain.line import champion_record, record_of_version
 from pipelines.tracking.catalog import Catalog
 from tests.support.models import drawn_weights, opened
@@ -93,6 +93,29 @@ def test_a_version_without_metrics_has_its_table_its_sizes_and_its_parents(place
 def test_the_same_command_makes_no_second_version(place: Place) -> None:
     again = json.loads(place.done("quantize", f"{REAL}/1", *_QUICK, "--no-metric", "--json"))
     assert (again["version"], again["new"], again["decision"]) == (f"{REAL}/2", False, None)
+    recorded = quantization_of(place.version())
+    assert {name: again[name] for name in recorded} == recorded  # not the times of this call
+
+
+def test_other_settings_leave_it_a_quantised_version(place: Place, tmp_path: Path) -> None:
+    """A version of `edt models set-chain` has the weights of the one it is made from, so it needs torchao as well."""
+    points = [{"name": "steps=2", "version": f"{REAL}/2", "settings": {"num_sampling_steps": 2}}]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"version": f"{REAL}/2", "named": {}, "points": points}))
+    made = json.loads(place.done("models", "set-chain", f"{REAL}/2", str(results), "--point", "steps=2", "--json"))
+    number = int(made["version"].rpartition("/")[2])
+    mlflow.set_tracking_uri(place.registry.catalog.tracking_uri)
+    needed = Path(mlflow.artifacts.download_artifacts(f"models:/{made['version']}/requirements.txt")).read_text()
+    assert "edt-pipeline[quantize]==" in needed
+    facts, of = (quantization_of(place.version(each)) for each in (number, 2))
+    assert facts == {name: text for name, text in of.items() if name not in ("seconds", "seconds_before", "timed_on")}
+    shown = place.done("models", "show", made["version"])
+    assert "with other sampling settings, not measured here" in shown
+    assert "num_sampling_steps" in shown
+    with pytest.raises(UserError, match=f"is quantised, and quantised weights cannot be trained; use {REAL}/1"):
+        record_of_version(place.registry.catalog, place.version(number))
+    refused = place.refusal("models", "promote", made["version"], "--force")
+    assert f"made by `edt models set-chain` of {REAL}/2. Use it by its number" in refused
 
 
 def test_a_dry_run_writes_nothing(place: Place) -> None:
@@ -155,6 +178,9 @@ def test_what_cannot_be_quantised_is_refused(place: Place) -> None:
     )
     assert "--keep-error is 1e-09, but the smallest error of a layer is" in place.refusal(
         "quantize", f"{REAL}/1", *_QUICK, "--keep-error", "1e-9", "--no-metric"
+    )
+    assert "--keep-error is inf; give a number" in place.refusal(
+        "quantize", f"{REAL}/1", *_QUICK, "--keep-error", "inf"
     )
     features = place.registry.root / "features"
     moved = features.rename(features.with_name("moved"))

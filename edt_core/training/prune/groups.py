@@ -57,10 +57,11 @@ def groups_of(config: ModelConfig, keep: tuple[int, int]) -> tuple[Group, ...]:
             groups.append(Group(number, units, -(-len(units) * kept // size)))
     if all(group.keep == len(group.units) for group in groups):
         lengths = ", ".join(str(len(run)) for run in runs)
+        longest = max(len(run) for run in runs)
+        fewer = f"Keep fewer, such as 1 of {longest}, or prune" if longest > 1 else "Prune"
         raise UserError(
             f"keeping {kept} of {size} leaves nothing out of {config.name}: its runs of blocks of one shape have "
-            f"{lengths} each, and the last group of a run keeps its share rounded up. Keep fewer, such as 1 of "
-            f"{max(2, max(len(run) for run in runs))}, or prune a model with more blocks"
+            f"{lengths} each, and the last group of a run keeps its share rounded up. {fewer} a model with more blocks"
         )
     return tuple(groups)
 

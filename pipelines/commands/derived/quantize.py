@@ -63,7 +63,7 @@ def quantize(
     from jobs.runtime.progress import Bar
     from pipelines.registry.aliases import alone
     from pipelines.registry.derived.quantized import quantized, register_quantized
-    from pipelines.registry.lookup import find
+    from pipelines.registry.lookup import find, quantization_of
     from pipelines.tracking.catalog import Catalog
 
     check_named()
@@ -82,13 +82,15 @@ def quantize(
     with alone(store, str(parent.name)):
         catalog = Catalog.open(place, "quantizations", tracking_uri)
         candidate, decision, is_new = register_quantized(catalog, made)
+    facts = quantization_of(candidate)  # as recorded: the times of a version that was registered before are not these
     rows = made.artifact.counts[QUANTIZATION]["layers"]
     if as_json:
-        facts = {"version": f"{candidate.name}/{candidate.version}", "new": is_new, **made.facts, **made.shift}
-        print_json({**facts, "decision": None if decision is None else str(decision), "table": rows})
+        registered = {"version": f"{candidate.name}/{candidate.version}", "new": is_new}
+        decided = None if decision is None else str(decision)
+        print_json({**registered, **facts, **made.shift, "decision": decided, "table": rows})
         return
     _print_layers(rows, as_json)
-    _print_version(candidate, decision, is_new, made)
+    _print_version(candidate, decision, is_new, facts, made)
 
 
 def _print_layers(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
@@ -100,10 +102,9 @@ def _print_layers(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         say(f"and {len(rows) - _SHOWN} layers with smaller errors; {kept} of {len(rows)} stay in float")
 
 
-def _print_version(version: Any, decision: Any, is_new: bool, made: "Quantized") -> None:
+def _print_version(version: Any, decision: Any, is_new: bool, facts: Mapping[str, str], made: "Quantized") -> None:
     from jobs.models.registry_files import title
 
-    facts = made.facts
     say(f"{title(version)} is made from version {made.parent.version}{'' if is_new else ' (registered before)'}")
     say(f"  size of the weights  {facts['mib']} MiB, before {facts['mib_before']} MiB")
     say(f"  seconds an image     {facts['seconds']}, before {facts['seconds_before']}, on {facts['timed_on']}")

@@ -11,13 +11,14 @@ from edt_core.files.small_files import read_json
 from edt_core.store.artifact import canonical_json
 from jobs.models.open import load_model
 from jobs.models.registry_files import title
-from pipelines.registry.aliases import find_version
+from pipelines.registry.aliases import CHAIN_OF_TAG, CHAIN_TAG, QUANTIZED_TAG, find_version
 from pipelines.registry.derived.folder import TAKEN_OVER, write_derived
-from pipelines.registry.packaging import log_pipeline
+from pipelines.registry.lookup import quantization_of
+from pipelines.registry.packaging import QUANTIZE_EXTRA, log_pipeline
 from pipelines.registry.registration import COST_TAG, add_logged
 from pipelines.tracking.catalog import Catalog
 
-CHAIN_TAG, CHAIN_OF_TAG = "edt.chain", "edt.chain_of"  # the settings; the version with the same weights
+_OF_ITS_CHAIN = tuple(f"{QUANTIZED_TAG}{name}" for name in ("seconds", "seconds_before", "timed_on"))
 
 
 def chosen_settings(path: Path, point: str, version: Any) -> dict[str, Any]:
@@ -58,11 +59,18 @@ def register_chain(catalog: Catalog, parent: Any, settings: Mapping[str, Any]) -
     identity = {CHAIN_OF_TAG: own, CHAIN_TAG: canonical_json(chain)}
     if (version := find_version(catalog, name, identity)) is not None:
         return version, False
-    kept = (*TAKEN_OVER, "edt.checkpoint")
-    tags = {key: text for key, text in parent.tags.items() if key in kept or key.startswith(COST_TAG)}
+    tags = _tags_of_weights(parent)
+    needs = QUANTIZE_EXTRA if quantization_of(parent) else ""
     run_id = catalog.start_run(f"chain {name}", {**tags, **identity})
-    logged = log_pipeline(catalog, run_id, name, lambda folder: _write(folder, parent, chain))
+    logged = log_pipeline(catalog, run_id, name, lambda folder: _write(folder, parent, chain), needs=needs)
     return add_logged(catalog, name, run_id, logged, {**tags, "edt.code_version": code_version()}, identity), True
+
+
+def _tags_of_weights(parent: Any) -> dict[str, str]:
+    """The tags of a version that are true of its weights, whichever settings they are sampled with."""
+    kept, parts = (*TAKEN_OVER, "edt.checkpoint"), (COST_TAG, QUANTIZED_TAG)
+    tags = {key: text for key, text in parent.tags.items() if key in kept or key.startswith(parts)}
+    return {key: text for key, text in tags.items() if key not in _OF_ITS_CHAIN}
 
 
 def _write(folder: Path, parent: Any, chain: Mapping[str, Any]) -> None:

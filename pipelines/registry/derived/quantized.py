@@ -16,7 +16,7 @@ from edt_core.store.folder import Folder
 from edt_core.training.checkpoint import ema_model
 from jobs.commands.clock import Clock
 from jobs.models.open import Loaded
-from jobs.models.quantize import QUANTIZATION, Settings, check_settings, make_quantized
+from jobs.models.quantize import QUANTIZATION, Settings, check_settings, device_of_work, make_quantized
 from jobs.models.registry_files import DIGEST_TAG, stored_problems, title
 from pipelines.registry.aliases import (
     DECISION_TAG,
@@ -30,13 +30,12 @@ from pipelines.registry.aliases import (
 from pipelines.registry.derived.evaluation import evaluation_of, trained_checkpoint
 from pipelines.registry.derived.folder import TAKEN_OVER, write_derived
 from pipelines.registry.gate import Decision, metric_of
-from pipelines.registry.packaging import log_pipeline
+from pipelines.registry.packaging import QUANTIZE_EXTRA, log_pipeline
 from pipelines.registry.registration import COST_TAG, add_logged, evaluation_tags
 from pipelines.tracking.catalog import Catalog
 from pipelines.tracking.run_record import artifact_tags
 
 MIB = 1 << 20
-EXTRA = "[quantize]"  # of this package: what a quantised version needs
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,12 @@ def quantized(
 def _times(loaded: Loaded, models: Sequence[DiffusionTransformer]) -> tuple[list[float], str]:
     """Seconds an image of each model by the protocol, without decoding, and where they were measured."""
     chain = SampleConfig.model_validate(dict(loaded.sampling))
+    device = device_of_work()
+    loaded.model.to(device)  # the classifier of a chain goes where the model is
+    classify = loaded.classify_by(None if loaded.autoencoder is None else loaded.autoencoder.to(device))
     with TemporaryDirectory() as folder:
-        clocks = [Clock(model, loaded.num_timesteps, Folder.at(folder), loaded.guide_of(chain)) for model in models]
+        facts = loaded.num_timesteps, Folder.at(folder), loaded.guide_of(chain), classify
+        clocks = [Clock(model, *facts) for model in models]
         return [clock.seconds(chain) for clock in clocks], clocks[0].place
 
 
@@ -178,7 +181,7 @@ def _register(catalog: Catalog, made: Quantized, identity: Mapping[str, str]) ->
         run_id,
         name,
         lambda folder: _write(folder, made),
-        needs=EXTRA,
+        needs=QUANTIZE_EXTRA,
         params={"architecture": str(artifact.counts["model"]), "scheme": made.facts["scheme"]},
         step=int(artifact.counts["steps"]),
     )

@@ -37,6 +37,13 @@ _NONE = {
     True: "no versions match",
     False: "no models are registered; `edt run` registers those that it trains, `edt import` a released checkpoint",
 }
+# Why a version may have no metrics: the section of its record that says how it was made, the last way first.
+_UNMEASURED = {
+    "chain": "with other sampling settings",
+    "quantization": "quantised",
+    "average": "averaged from snapshots",
+    "origin": "imported",
+}
 _COLUMNS = ("model", "version", "aliases", "metric", "data", "code", "created")
 
 
@@ -108,10 +115,8 @@ def show(
         print_json(facts)
         return
     say(f"{facts['name']} version {facts['version']}  {', '.join(facts['aliases'])}".rstrip())
-    undecided = "imported, not measured here" if facts["origin"] else "registered, promotion not yet decided"
-    undecided = "averaged from snapshots, not measured here" if facts["average"] else undecided
-    undecided = "quantised, not measured here" if facts["quantization"] else undecided
-    undecided = "with other sampling settings, not measured here" if facts["chain"] else undecided
+    how = next((text for name, text in _UNMEASURED.items() if facts[name]), None)
+    undecided = f"{how}, not measured here" if how else "registered, promotion not yet decided"
     say(f"  {facts['decision_text'] or undecided}")
     for name in ("created", "run", "code_version", "uri", "champion_before", "promoted", "rolled_back"):
         if facts[name]:

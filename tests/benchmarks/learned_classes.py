@@ -15,7 +15,7 @@ import argparse
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from multiprocessing import get_context
@@ -28,11 +28,10 @@ from PIL import Image
 from edt_core.config import ClassifierConfig
 from edt_core.evaluation.extractors.classifier import classify, fit_classifier, split_holdout
 from jobs.benchmark.table import hardware
-from tests.benchmarks.recipes import FLOW, SEARCH_SEED, Data, Lab, name_of
+from tests.benchmarks.recipes import ROWS, SEARCH_SEED, Data, Lab, data_sets, name_of
 
 GUIDANCE = ("1.5", "3", "5")
-CLASSIFIER = {"steps": 800}
-RECIPE = {**FLOW, "timestep_sampler": "logit-normal", "optimizer": "muon"}  # that of the quickstart
+RECIPE = ROWS["flow, logit-normal times, Muon"]  # that of the quickstart
 # Of each setting the factor by which the autoencoder makes images smaller, and the fields of `train`.
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "latents of 16 x 16, epsilon, Adan": (2, {"lr": 3e-3}),
@@ -44,23 +43,12 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def data_of(images: Path, factor: int, steps: int) -> Data:
-    """The photos with latents that are smaller by a factor, and a training of so many steps."""
-    config = {
-        "source": {"kind": "image_folder", "path": str(images)},
-        "autoencoder": {"downsample_factor": factor, "base_channels": 8, "steps": 400, "lr": 5e-3},
-        "classifier": CLASSIFIER,
-        "sample": {"num_sampling_steps": 25, "num_samples": 400, "cfg_scale": float(GUIDANCE[0])},
-    }
-    train = {
-        "model": "EDT-Tiny/2",
-        "global_batch_size": 48,
-        "lr_final": 0.0,
-        "ema_decay": 0.99,
-        "checkpoint_every": 10_000,
-        "masked_loss": False,
-        "max_steps": steps,
-    }
-    return Data(f"learned-{factor}", config, train)
+    """The photos of `recipes` with latents that are smaller by a factor, and a training of so many steps."""
+    photos = data_sets(str(images))[1]
+    autoencoder = {**photos.config["autoencoder"], "downsample_factor": factor}
+    sample = {**photos.config["sample"], "num_samples": 400}
+    config = {**photos.config, "autoencoder": autoencoder, "sample": sample}
+    return Data(f"learned-{factor}", config, {**photos.train, "max_steps": steps})
 
 
 def held_out_accuracies(images: Path, count: int) -> Iterator[tuple[float, tuple[str, ...]]]:
@@ -72,7 +60,7 @@ def held_out_accuracies(images: Path, count: int) -> Iterator[tuple[float, tuple
     files = [(path, label) for label, name in enumerate(names) for path in sorted((images / name).iterdir())]
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
     labels = np.array([label for _, label in files])
-    config = ClassifierConfig(holdout_fraction=0.2, **CLASSIFIER)
+    config = ClassifierConfig(holdout_fraction=0.2, **data_sets(str(images))[1].config["classifier"])
     model, facts = fit_classifier(config, pixels, labels, len(names))
     print(f"{len(names)} classes: {facts['holdout_accuracy']:.3f} of {facts['holdout']} held-out images\n", flush=True)
     held_out = split_holdout(len(pixels), config.holdout_fraction, config.seed)[1]
@@ -121,17 +109,11 @@ def search(images: Path, steps: int, lab: Lab) -> tuple[str, str]:
 def options_of(images: Path, setting: str, guidance: str) -> str:
     """The options of `edt paper` for a setting."""
     factor, fields = SETTINGS[setting]
-    values: Mapping[str, Any] = {
-        "source.kind": "image_folder",
-        "source.path": images,
-        "autoencoder.downsample_factor": factor,
-        "autoencoder.steps": 400,
-        "autoencoder.lr": 5e-3,
-        "classifier.steps": CLASSIFIER["steps"],
-        **{f"train.{name}": value for name, value in fields.items()},
-        "train.mirror_prob": 0.5,  # of photos both sides are right
-        "sample.cfg_scale": guidance,
-    }
+    config = data_of(images, factor, 0).config
+    sections = {name: config[name] for name in ("source", "autoencoder", "classifier")}
+    values = {f"{section}.{name}": value for section, own in sections.items() for name, value in own.items()}
+    values |= {f"train.{name}": value for name, value in fields.items()}
+    values |= {"train.mirror_prob": 0.5, "sample.cfg_scale": guidance}  # of photos both sides are right
     return " ".join(f"--set {name}={value}" for name, value in values.items())
 
 
